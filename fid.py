@@ -1,0 +1,482 @@
+"""Are the samples as good, and as varied, as real images?  FID, sFID, Inception Score, precision and recall.
+
+    python fid.py samples.npz --ref VIRTUAL_imagenet256_labeled.npz   # ADM's reference file: the numbers of the papers
+    python fid.py runs/demo/pictures --ref real.npz:images            # any two sets of images, .npz or folder
+    python fid.py real.npz:images --make-stats real-stats.npz         # measure a reference once, for later --ref
+
+Pixels are a poor ruler, so every image is first described by a network trained to classify ImageNet:
+
+    uint8 image -> resize to 299x299 -> Inception-v3 -> pool    (2048)  what is in the image
+                                                     -> spatial (2023)  where it is: 7 channels of a 17x17 map
+                                                     -> logits  (1008)  how sure the network is
+
+Five numbers then compare the clouds of points that two sets of images make:
+
+    FID        |mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) of `pool`: the distance of two Gaussians    [Heusel 2017]
+    sFID       the same of `spatial`, which sees the layout                                                [Nash 2021]
+    IS         exp(mean KL(p(class | image) || p(class))): sure of each image, varied over all         [Salimans 2016]
+    precision  share of samples that lie among the real images: quality                            [Kynkaanniemi 2019]
+    recall     share of real images that lie among the samples: variety
+
+Two FIDs compare only if all of these agree, and each has spoiled published numbers: the network (TensorFlow's of
+2015-12-05; torchvision's is another), the resize (`tf1` as in ADM, `half_pixel` as in pytorch-fid), the reference (for
+ImageNet generation ADM's training-set statistics), the count (50,000 samples, 50 per class), and lossless files (JPEG
+changes pixels).  All definitions are those of ADM's evaluator [Dhariwal & Nichol 2021, arXiv 2105.05233].
+
+This file imports none of its neighbours: copy it to where you need it.
+"""
+import argparse
+import hashlib
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image
+from scipy.special import rel_entr
+
+SIDE = 299  # Inception's input size
+WEIGHTS = "pt_inception-2015-12-05-6726825d.pth"
+WEIGHTS_URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{WEIGHTS}"
+STATISTICS = {"mu": (2048,), "sigma": (2048, 2048), "mu_s": (2023,), "sigma_s": (2023, 2023)}  # ADM's names
+
+
+class InputError(Exception):
+    """A file or flag cannot be used; the message names it and the remedy."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Inception-v3 [Szegedy 2015, arXiv 1512.00567] as TensorFlow published it; layers are named as in the weight file
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Conv(nn.Module):
+    """Convolution, batch norm, ReLU."""
+
+    def __init__(self, channels_in, channels_out, kernel, stride=1, padding=None):
+        super().__init__()
+        padding = padding or ("same" if stride == 1 else "valid")
+        self.conv = nn.Conv2d(channels_in, channels_out, kernel, stride, padding, bias=False)
+        self.bn = nn.BatchNorm2d(channels_out, eps=1e-3)
+
+    def forward(self, x):
+        return F.relu(self.bn(self.conv(x)))
+
+
+def average_pool(x):
+    return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)  # padding does not darken the border
+
+
+def max_pool(x):
+    return F.max_pool2d(x, 3, stride=1, padding=1)
+
+
+def halve(x):
+    return F.max_pool2d(x, 3, stride=2)  # (B,C,H,W) -> (B,C,(H-1)//2,(W-1)//2)
+
+
+class Mixed(nn.Module):
+    """Rows of convolutions side by side on one input, outputs concatenated; the last row starts from a pool.
+
+    A row is a list of (channels, kernel[, stride]).  Its layers are stored as ROW_1, ROW_2, ..., a lone one as ROW.
+    """
+
+    def __init__(self, width, pool, **rows):
+        super().__init__()
+        self.pool, self.rows = pool, []
+        for name, layers in rows.items():
+            names = [name] if len(layers) == 1 else [f"{name}_{i + 1}" for i in range(len(layers))]
+            widths = [width] + [layer[0] for layer in layers]
+            for key, channels_in, layer in zip(names, widths, layers):
+                self.add_module(key, Conv(channels_in, *layer))
+            self.rows.append(names)
+
+    def forward(self, x):
+        outputs = [x] * (len(self.rows) - 1) + [self.pool(x)]
+        for i, names in enumerate(self.rows):
+            for name in names:
+                outputs[i] = self.get_submodule(name)(outputs[i])
+        return torch.cat(outputs, dim=1)
+
+
+def mixed35(width, pool_width):
+    """For maps of 35x35."""
+    return Mixed(width, average_pool, branch1x1=[(64, 1)], branch5x5=[(48, 1), (64, 5)],
+                 branch3x3dbl=[(64, 1), (96, 3), (96, 3)], branch_pool=[(pool_width, 1)])
+
+
+def mixed17(inner):
+    """For maps of 17x17: strips of 1x7 and 7x1 see as far as a 7x7, for two sevenths of the work."""
+    return Mixed(768, average_pool, branch1x1=[(192, 1)], branch7x7=[(inner, 1), (inner, (1, 7)), (192, (7, 1))],
+                 branch7x7dbl=[(inner, 1), (inner, (7, 1)), (inner, (1, 7)), (inner, (7, 1)), (192, (1, 7))],
+                 branch_pool=[(192, 1)])
+
+
+class Mixed8(nn.Module):
+    """For maps of 8x8: two of the rows fork at their ends into a 1x3 and a 3x1."""
+
+    def __init__(self, width, pool):
+        super().__init__()
+        self.pool = pool
+        self.branch1x1 = Conv(width, 320, 1)
+        self.branch3x3_1 = Conv(width, 384, 1)
+        self.branch3x3_2a = Conv(384, 384, (1, 3))
+        self.branch3x3_2b = Conv(384, 384, (3, 1))
+        self.branch3x3dbl_1 = Conv(width, 448, 1)
+        self.branch3x3dbl_2 = Conv(448, 384, 3)
+        self.branch3x3dbl_3a = Conv(384, 384, (1, 3))
+        self.branch3x3dbl_3b = Conv(384, 384, (3, 1))
+        self.branch_pool = Conv(width, 192, 1)
+
+    def forward(self, x):
+        once = self.branch3x3_1(x)
+        twice = self.branch3x3dbl_2(self.branch3x3dbl_1(x))
+        return torch.cat([self.branch1x1(x), self.branch3x3_2a(once), self.branch3x3_2b(once),
+                          self.branch3x3dbl_3a(twice), self.branch3x3dbl_3b(twice),
+                          self.branch_pool(self.pool(x))], dim=1)  # (B,2048,8,8)
+
+
+class InceptionV3(nn.Module):
+    """(B,3,299,299) in [-1,1] -> pool (B,2048), spatial (B,2023), logits (B,1008).
+
+    A measuring instrument: in eval mode and without gradients from the start.  Logits are without the bias, as ADM's
+    Inception Score takes them, and None if the network is built without its last layer (`classifier=False`).
+    """
+
+    def __init__(self, classifier=True):
+        super().__init__()
+        self.Conv2d_1a_3x3 = Conv(3, 32, 3, stride=2)
+        self.Conv2d_2a_3x3 = Conv(32, 32, 3, padding="valid")
+        self.Conv2d_2b_3x3 = Conv(32, 64, 3)
+        self.Conv2d_3b_1x1 = Conv(64, 80, 1)
+        self.Conv2d_4a_3x3 = Conv(80, 192, 3, padding="valid")
+        self.Mixed_5b = mixed35(192, pool_width=32)
+        self.Mixed_5c = mixed35(256, pool_width=64)
+        self.Mixed_5d = mixed35(288, pool_width=64)
+        self.Mixed_6a = Mixed(288, halve, branch3x3=[(384, 3, 2)],
+                              branch3x3dbl=[(64, 1), (96, 3), (96, 3, 2)], branch_pool=[])
+        self.Mixed_6b = mixed17(inner=128)
+        self.Mixed_6c = mixed17(inner=160)
+        self.Mixed_6d = mixed17(inner=160)
+        self.Mixed_6e = mixed17(inner=192)
+        self.Mixed_7a = Mixed(768, halve, branch3x3=[(192, 1), (320, 3, 2)],
+                              branch7x7x3=[(192, 1), (192, (1, 7)), (192, (7, 1)), (192, 3, 2)], branch_pool=[])
+        self.Mixed_7b = Mixed8(1280, average_pool)
+        self.Mixed_7c = Mixed8(2048, max_pool)  # not the average of the paper: the 2015 graph has it so
+        self.fc = nn.Linear(2048, 1008) if classifier else None
+        self.eval().requires_grad_(False)
+
+    def forward(self, x):
+        x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))  # (B,64,147,147)
+        x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(halve(x)))  # (B,192,71,71)
+        x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(halve(x))))  # (B,288,35,35)
+        x = self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x)))  # (B,768,17,17)
+        # sFID looks inside a block, at its first branch; doing that 1x1 convolution twice is simpler than a hook.
+        spatial = self.Mixed_6d.branch1x1(x)[:, :7]  # (B,7,17,17)
+        spatial = spatial.permute(0, 2, 3, 1).flatten(1)  # (B,2023), channels last as in TensorFlow
+        x = self.Mixed_7a(self.Mixed_6e(self.Mixed_6d(x)))  # (B,1280,8,8)
+        pool = self.Mixed_7c(self.Mixed_7b(x)).mean(dim=(2, 3))  # (B,2048)
+        logits = None if self.fc is None else pool @ self.fc.weight.T  # (B,1008)
+        return pool, spatial, logits
+
+
+def inception_from_state(state):
+    """The network with the weights of a flat state dict, on the device of its tensors ("meta" too).
+
+    Keys must match, with two liberties: all `num_batches_tracked` may be absent, and so may the last layer.
+    """
+    with torch.device(next(iter(state.values())).device):
+        model = InceptionV3(classifier="fc.weight" in state)
+        model.load_state_dict(dict(state))  # dict() drops the version note, and torch fills in num_batches_tracked
+    return model
+
+
+def published_weights():
+    """The path of pytorch-fid's weight file in torch's cache, downloaded on first use."""
+    path = Path(torch.hub.get_dir()) / "checkpoints" / WEIGHTS
+    if not path.exists():
+        try:
+            torch.hub.load_state_dict_from_url(WEIGHTS_URL, map_location="cpu", check_hash=True, weights_only=True)
+        except Exception as error:  # no network, a proxy, a broken file: the remedy is the same
+            raise InputError(f"cannot download the Inception weights ({error}): put {WEIGHTS_URL} into {path.parent}, "
+                             "or name a copy with --weights") from error
+    return path
+
+
+def load_inception(path, device="cpu"):
+    """The network with the weights of a file.  Raises InputError if they are not those of the FID Inception."""
+    if not Path(path).is_file():
+        raise InputError(f"--weights {path}: no such file; without the flag {WEIGHTS} is downloaded")
+    try:
+        model = inception_from_state(torch.load(path, map_location="cpu", weights_only=True))
+    except Exception as error:  # not a torch file, not a dict of tensors, other keys, other shapes
+        raise InputError(f"--weights {path}: not the state dict of {WEIGHTS} ({str(error)[:150]}); "
+                         "without the flag that file is downloaded") from error
+    return model.to(device)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From images to features
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def tf1_resize(x):
+    """Bilinear (B,3,H,W) -> (B,3,299,299) as in TensorFlow 1: output i reads from i * in/out, so the picture shifts by
+    half a pixel, and shrinking skips pixels.  A flaw, but every published ADM number contains it."""
+    for dim, shape in ((3, (1, -1)), (2, (-1, 1))):  # along columns, then rows: the other order differs in the last bit
+        size = x.shape[dim]
+        source = torch.arange(SIDE, device=x.device) * torch.tensor(size / SIDE)  # (299,), in float32 as in the graph
+        lower = source.long()
+        upper = (lower + 1).clamp(max=size - 1)
+        weight = (source - lower).view(shape)
+        low, high = x.index_select(dim, lower), x.index_select(dim, upper)  # `dim` becomes 299
+        x = low + (high - low) * weight
+    return x
+
+
+def preprocess(images, resize="tf1"):
+    """uint8 (B,H,W,3) -> float32 (B,3,299,299) in [-1,1]; `resize` is "tf1" (ADM) or "half_pixel" (pytorch-fid)."""
+    x = images.permute(0, 3, 1, 2).contiguous().float()  # (B,3,H,W)
+    if resize == "tf1":
+        return (tf1_resize(x) - 128) / 128
+    return 2 * F.interpolate(x / 255, size=(SIDE, SIDE), mode="bilinear", align_corners=False) - 1
+
+
+@torch.backends.cudnn.flags(enabled=True, allow_tf32=False)  # TF32 is on by default in convolutions: 10 bits, not 23
+def features(model, images, batch_size=50, resize="tf1", device="cpu"):
+    """uint8 images (N,H,W,3), numpy or torch -> pool (N,2048), spatial (N,2023), logits (N,1008) or None.
+
+    Float32, on the CPU; `model` lives on `device`.  Progress goes to stderr.
+    """
+    batches, start, shown = [], time.time(), 0
+    for i in range(0, len(images), batch_size):
+        batch = torch.as_tensor(images[i : i + batch_size]).to(device)
+        batches.append([x if x is None else x.cpu() for x in model(preprocess(batch, resize))])
+        now, done, left = time.time(), i + len(batch), len(images) - i - len(batch)
+        if now - shown > 1 or not left:
+            shown, rate = now, done / (now - start)
+            print(f"\r{done}/{len(images)} images, {rate:.1f}/s, {left / rate:.0f} s left    ",
+                  end="" if left else "\n", file=sys.stderr, flush=True)
+    return [x[0] if x[0] is None else torch.cat(x) for x in zip(*batches)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From features to numbers
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def statistics(x):
+    """Mean (D,) and covariance (D,D) of features (N,D), in float64: a sum over 50,000 images needs the digits."""
+    x = x.double().numpy()
+    mu = x.mean(axis=0)
+    x = x - mu
+    return mu, x.T @ x / (len(x) - 1)
+
+
+def frechet_distance(mu1, sigma1, mu2, sigma2):
+    """Frechet distance of two Gaussians, |mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)); mu (D,), sigma (D,D) float64.
+
+    Write S = F F^T.  Then S1 S2 has the eigenvalues of M M^T with M = F1^T F2, so the trace of its root is the sum of
+    the singular values of M.  Those are real and never negative, and they keep their digits where fewer images than
+    dimensions make S singular; a square root of the unsymmetric S1 S2 itself (scipy's sqrtm) promises none of this.
+    """
+    def factor(sigma):
+        values, vectors = np.linalg.eigh(sigma)
+        return vectors * np.sqrt(values.clip(min=0))  # rounding puts some zeros below zero
+
+    trace_of_root = np.linalg.svd(factor(sigma1).T @ factor(sigma2), compute_uv=False).sum()
+    return float(np.square(mu1 - mu2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * trace_of_root)
+
+
+def inception_score(probs, split_size=5000):
+    """exp(mean KL(p || mean p)) of class probabilities (N,C), averaged over consecutive splits of the rows."""
+    probs = np.asarray(probs, dtype=np.float64)
+    splits = [probs[i : i + split_size] for i in range(0, len(probs), split_size)]
+    return float(np.mean([np.exp(rel_entr(p, p.mean(axis=0)).sum(axis=1).mean()) for p in splits]))
+
+
+def precision_recall(reference, samples, k=3, block=1000):
+    """(share of samples inside the reference manifold, share of reference inside the sample manifold); (N,D) tensors.
+
+    The manifold of a set is a union of balls: around each point, out to its k-th nearest neighbour.  Distances are
+    taken `block` rows at a time: among 50,000 images all of them would fill 10 GB.
+    """
+    def squared_distances(a, b):
+        return a.square().sum(dim=1)[:, None] + b.square().sum(dim=1) - 2 * a @ b.T  # (len(a),len(b))
+
+    def radii(points):  # k + 1, for the nearest point is the point itself
+        return torch.cat([squared_distances(rows, points).topk(k + 1, largest=False).values[:, -1]
+                          for rows in points.split(block)])  # (N,)
+
+    def share_inside(points, centres):
+        reach = radii(centres)
+        inside = [(squared_distances(rows, centres) <= reach).any(dim=1) for rows in points.split(block)]
+        return torch.cat(inside).sum().item() / len(points)
+
+    return share_inside(samples, reference), share_inside(reference, samples)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From files to images
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def read_folder(folder):
+    """All PNG, JPEG and WebP images below a folder, sorted by path -> uint8 (N,H,W,3)."""
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
+    if not paths:
+        raise InputError(f"{folder}: no .png, .jpg, .jpeg or .webp in this folder")
+    images = None
+    for i, path in enumerate(paths):
+        try:
+            with Image.open(path) as image:
+                pixels = np.asarray(image.convert("RGB"))  # (H,W,3)
+        except Exception as error:  # Pillow raises many kinds
+            raise InputError(f"{path}: cannot be read as an image; replace or remove it") from error
+        if images is None:
+            images = np.empty((len(paths), *pixels.shape), np.uint8)  # 10 GB for 50,000: never hold them twice
+        if pixels.shape != images.shape[1:]:
+            (h, w, _), (height, width, _) = pixels.shape, images.shape[1:]
+            raise InputError(f"{path}: {w}x{h} pixels, but {paths[0]} has {width}x{height}; bring all to one size")
+        images[i] = pixels
+    return images
+
+
+def read_npz(path, key):
+    """{"images", "mu", "sigma", "mu_s", "sigma_s"}, as far as an .npz holds them; with a key that array, as images."""
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            found = {} if key else {name: archive[name].astype(np.float64) for name in STATISTICS if name in archive}
+            if not key and len(archive.files) == 1:
+                key = archive.files[0]
+            key = key or next((name for name in ("arr_0", "images") if name in archive), None)
+            return found | {"images": archive[key]} if key else found
+    except Exception as error:  # numpy and zipfile raise many kinds
+        raise InputError(f"{path}: no readable .npz of plain arrays ({error}); save it with numpy.savez") from error
+
+
+def read_set(name):
+    """What a folder, FILE.npz or FILE.npz:KEY holds, checked: a dict as of `read_npz`."""
+    path, key = Path(name), None
+    if not path.exists() and ".npz:" in name:
+        stem, _, key = name.rpartition(".npz:")
+        path = Path(stem + ".npz")
+    if not path.exists():
+        raise InputError(f"{path}: no such file; give an .npz or a folder of images")
+    found = {"images": read_folder(path)} if path.is_dir() else read_npz(path, key)
+
+    for part, shape in STATISTICS.items():
+        if part in found and (found[part].shape != shape or not np.isfinite(found[part]).all()):
+            raise InputError(f"{path}: {part} must be {shape} finite numbers; make a new file with --make-stats")
+    images = found.get("images")
+    if images is None and not {"mu", "sigma"} <= found.keys():
+        raise InputError(f"{path}: has no arr_0, no images, no mu and sigma; name its array of images as {path}:KEY")
+    if images is not None and (images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or len(images) < 2):
+        raise InputError(f"{name}: {images.dtype} array {images.shape}; images must be uint8 (N,H,W,3), values 0..255, "
+                         "at least two")
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+# ---------------------------------------------------------------------------------------------------------------------
+
+NEEDS = {"FID": "--ref", "sFID": "--ref, with mu_s and sigma_s if it has no images",
+         "IS": "images, and weights with the last layer, fc",
+         "precision": "images on both sides, at least 4", "recall": "images on both sides, at least 4"}
+
+
+def describe(name, side, model, args):
+    """Add to a set what its images tell: pool, logits, and statistics unless the file brought its own."""
+    print(f"{name}: {len(side['images'])} images", file=sys.stderr)
+    side["pool"], spatial, side["logits"] = features(model, side["images"], args.batch_size, args.resize, args.device)
+    if not STATISTICS.keys() & side.keys():
+        if len(side["images"]) < 2048:
+            print(f"warning: {name}: fewer than 2048 images make a biased, noisy FID; take 50,000", file=sys.stderr)
+        side["mu"], side["sigma"] = statistics(side["pool"])
+        side["mu_s"], side["sigma_s"] = statistics(spatial)
+
+
+def compare(samples, reference, device):
+    """{metric: number, or None where a side lacks what the metric needs}."""
+    scores = dict.fromkeys(NEEDS)
+    for metric, mu, sigma in (("FID", "mu", "sigma"), ("sFID", "mu_s", "sigma_s")):
+        if {mu, sigma} <= samples.keys() & reference.keys():
+            scores[metric] = frechet_distance(samples[mu], samples[sigma], reference[mu], reference[sigma])
+    if samples.get("logits") is not None:
+        scores["IS"] = inception_score(samples["logits"].double().softmax(dim=1))
+    if min(len(side.get("pool", ())) for side in (samples, reference)) >= 4:
+        pools = [side["pool"].to(device) for side in (reference, samples)]
+        scores["precision"], scores["recall"] = precision_recall(*pools)
+    return scores
+
+
+def evaluate(args):
+    """Run the command: {metric or setting: value}."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if args.device == "auto":
+        args.device = next(name for name in available if available[name])
+    if not available[args.device]:
+        raise InputError(f"--device {args.device}: there is none on this machine; use --device auto")
+    if args.batch_size < 1:
+        raise InputError(f"--batch-size {args.batch_size}: must be at least 1")
+    if not args.ref and not args.make_stats:
+        raise InputError("--ref is missing: name an .npz or a folder to compare with, or --make-stats OUT.npz")
+    if args.make_stats and (Path(args.make_stats).exists() or not Path(args.make_stats).parent.is_dir()):
+        raise InputError(f"--make-stats {args.make_stats}: exists already, or its folder does not; name a new file")
+
+    samples, reference = read_set(args.samples), read_set(args.ref) if args.ref else {}
+    digest = None
+    if "images" in samples or "images" in reference:
+        weights = args.weights or published_weights()
+        model = load_inception(weights, args.device)
+        digest = hashlib.sha256(Path(weights).read_bytes()).hexdigest()[:8]
+        for name, side in ((args.samples, samples), (args.ref, reference)):
+            if "images" in side:
+                describe(name, side, model, args)
+    if args.make_stats:
+        with open(f"{args.make_stats}.tmp", "wb") as file:
+            np.savez(file, **{name: samples[name] for name in STATISTICS if name in samples})
+        os.replace(f"{args.make_stats}.tmp", args.make_stats)
+    counts = [len(side["images"]) if "images" in side else None for side in (samples, reference)]
+    settings = {"samples": counts[0], "reference": counts[1], "resize": args.resize, "weights": digest}
+    return compare(samples, reference, args.device) | settings
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message}\n")  # without the usage text that argparse puts above it
+
+
+def main(argv=None):
+    parser = Parser(prog="fid.py", description=__doc__.partition("\n")[0])
+    parser.add_argument("samples", help="FILE.npz, FILE.npz:KEY, a folder of images, or an .npz of statistics")
+    parser.add_argument("--ref", help="what to compare with, in the same forms")
+    parser.add_argument("--weights", help="Inception weights (default: pytorch-fid's, downloaded once)")
+    parser.add_argument("--resize", choices=["tf1", "half_pixel"], default="tf1", help="ADM's or pytorch-fid's")
+    parser.add_argument("--batch-size", type=int, default=50)
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
+    parser.add_argument("--make-stats", metavar="OUT.npz", help="write the statistics of SAMPLES, for use as --ref")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    args = parser.parse_args(argv)
+    try:
+        result = evaluate(args)
+    except InputError as error:
+        print(f"{parser.prog}:", *str(error).split(), file=sys.stderr)  # messages of libraries may span lines
+        raise SystemExit(2) from None
+    if args.json:
+        print(json.dumps(result))
+        return
+    for metric, needs in NEEDS.items():
+        value = result.pop(metric)
+        print(f"{metric:10}", f"unavailable (needs {needs})" if value is None else f"{value:.4f}")
+    print("   ".join(f"{name} {value}" for name, value in result.items()))
+
+
+if __name__ == "__main__":
+    main()

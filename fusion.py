@@ -1,0 +1,199 @@
+"""How the codes enter the continuous model: attention, the transformer block, and three fusion modules.
+
+The MAE decoder of stage 2 works on a sequence of S buffer slots and N positions; hidden positions hold a mask token.
+Fusion happens at its input, where every hidden position can find the code of its own place:
+
+    discrete (B,N,D)   the codes, embedded, on the position table of the tokens they stand beside
+    context  = fusion.prepare(discrete)         once per image when sampling
+    sequence = fusion(sequence, context)        (B,S+N,D) -> (B,S+N,D), before the decoder's first block
+
+    cross      the sequence asks, the codes answer: blocks of cross-attention and MLP. What it asks depends on what is
+               already drawn, so it runs at every step; keys and values of the codes are computed once.
+    qformer    learned queries, one per place of the sequence, ask instead (Q-Former: Li et al. 2023, BLIP-2, arXiv
+               2301.12597): blocks of self-attention, cross-attention and MLP. It never sees the sequence, so it runs
+               once per image and its result is added.
+    aligned    one linear map: code i is added to position i. No attention; it shows what the other two are worth.
+
+The D2C paper proposes the first two kinds without (in the text known to us) their exact place; the place is our choice.
+Each module ends in a projection that starts at zero, so a fresh one changes nothing: a model started from published MAR
+weights begins exactly as MAR and learns to look at the codes.
+"""
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+def layer_norm(width):
+    return nn.LayerNorm(width, eps=1e-6)
+
+
+def init_linear(module):
+    """MAR's initialisation, for `module.apply`: xavier-uniform linear layers without bias."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def zero(*layers):
+    """Start linear layers at zero."""
+    for layer in layers:
+        nn.init.zeros_(layer.weight)
+        nn.init.zeros_(layer.bias)
+
+
+def split_heads(x, heads):
+    """(B,T,D) -> (B,heads,T,D/heads)."""
+    return x.unflatten(2, (heads, -1)).transpose(1, 2)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention over a whole sequence (B,T,D), names and layout of timm's ViT."""
+
+    def __init__(self, width, heads, dropout=0.0):
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x):
+        q, k, v = (split_heads(part, self.heads) for part in self.qkv(x).chunk(3, dim=-1))    # (B,heads,T,D/heads) each
+        x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
+        return F.dropout(self.proj(x.transpose(1, 2).flatten(2)), self.dropout, self.training)   # (B,T,D)
+
+
+class CrossAttention(nn.Module):
+    """A sequence (B,T,D) attends to the discrete tokens, given as their keys and values."""
+
+    def __init__(self, width, heads, dropout=0.0):
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.q = nn.Linear(width, width)
+        self.kv = nn.Linear(width, 2 * width)
+        self.proj = nn.Linear(width, width)
+
+    def keys_values(self, discrete):
+        """(B,N,D) -> keys and values, (B,heads,N,D/heads) each."""
+        return tuple(split_heads(part, self.heads) for part in self.kv(discrete).chunk(2, dim=-1))
+
+    def forward(self, x, keys_values):
+        q = split_heads(self.q(x), self.heads)                                                # (B,heads,T,D/heads)
+        x = F.scaled_dot_product_attention(q, *keys_values, dropout_p=self.dropout if self.training else 0.0)
+        return F.dropout(self.proj(x.transpose(1, 2).flatten(2)), self.dropout, self.training)   # (B,T,D)
+
+
+class Mlp(nn.Module):
+    def __init__(self, width, dropout=0.0):
+        super().__init__()
+        self.dropout = dropout
+        self.fc1 = nn.Linear(width, 4 * width)
+        self.fc2 = nn.Linear(4 * width, width)
+
+    def forward(self, x):
+        return F.dropout(self.fc2(F.gelu(self.fc1(x))), self.dropout, self.training)
+
+
+class Block(nn.Module):
+    """The pre-norm transformer block of ViT and MAE (B,T,D); `cross=True` puts cross-attention between its two halves."""
+
+    def __init__(self, width, heads, dropout=0.0, cross=False):
+        super().__init__()
+        self.norm1 = layer_norm(width)
+        self.attn = SelfAttention(width, heads, dropout)
+        if cross:
+            self.norm_cross = layer_norm(width)
+            self.cross = CrossAttention(width, heads, dropout)
+        self.norm2 = layer_norm(width)
+        self.mlp = Mlp(width, dropout)
+
+    def forward(self, x, keys_values=None):
+        x = x + self.attn(self.norm1(x))
+        if keys_values is not None:
+            x = x + self.cross(self.norm_cross(x), keys_values)
+        return x + self.mlp(self.norm2(x))
+
+
+class CrossBlock(nn.Module):
+    """Cross-attention and MLP, both starting at zero. No self-attention: the decoder that follows has plenty."""
+
+    def __init__(self, width, heads, dropout=0.0):
+        super().__init__()
+        self.norm1 = layer_norm(width)
+        self.cross = CrossAttention(width, heads, dropout)
+        self.norm2 = layer_norm(width)
+        self.mlp = Mlp(width, dropout)
+
+    def forward(self, x, keys_values):
+        x = x + self.cross(self.norm1(x), keys_values)
+        return x + self.mlp(self.norm2(x))
+
+
+class CrossAttentionFusion(nn.Module):
+    """context: the keys and values of the codes, a pair per block."""
+
+    def __init__(self, width, heads, depth=2, dropout=0.0):
+        super().__init__()
+        self.norm = layer_norm(width)
+        self.blocks = nn.ModuleList(CrossBlock(width, heads, dropout) for _ in range(depth))
+        self.apply(init_linear)
+        zero(*(layer for block in self.blocks for layer in (block.cross.proj, block.mlp.fc2)))
+
+    def prepare(self, discrete):
+        discrete = self.norm(discrete)
+        return [block.cross.keys_values(discrete) for block in self.blocks]
+
+    def forward(self, sequence, context):
+        for block, keys_values in zip(self.blocks, context):
+            sequence = block(sequence, keys_values)
+        return sequence
+
+
+class QFormerFusion(nn.Module):
+    """context: the finished queries (B,S+N,D), to be added."""
+
+    def __init__(self, width, heads, length, depth=2, dropout=0.0):
+        super().__init__()
+        self.queries = nn.Parameter(torch.zeros(1, length, width))  # d2c.py starts them on the decoder's positions
+        self.norm_discrete = layer_norm(width)
+        self.blocks = nn.ModuleList(Block(width, heads, dropout, cross=True) for _ in range(depth))
+        self.norm = layer_norm(width)
+        self.out = nn.Linear(width, width)
+        self.apply(init_linear)
+        zero(self.out)
+
+    def prepare(self, discrete):
+        discrete = self.norm_discrete(discrete)
+        queries = self.queries.expand(len(discrete), -1, -1)                                  # (B,S+N,D)
+        for block in self.blocks:
+            queries = block(queries, block.cross.keys_values(discrete))
+        return self.out(self.norm(queries))
+
+    def forward(self, sequence, context):
+        return sequence + context
+
+
+class AlignedFusion(nn.Module):
+    """context: the mapped codes (B,S+N,D), zero at the buffer slots, to be added. About MixAR's DC-Mix (2511.12181)."""
+
+    def __init__(self, width, length):
+        super().__init__()
+        self.length = length
+        self.out = nn.Linear(width, width)
+        zero(self.out)
+
+    def prepare(self, discrete):
+        return F.pad(self.out(discrete), (0, 0, self.length - discrete.shape[1], 0))          # (B,S+N,D)
+
+    def forward(self, sequence, context):
+        return sequence + context
+
+
+def make_fusion(kind, width, heads, length, depth=2, dropout=0.0):
+    """The module called `kind` (cross, qformer, aligned) for sequences of `length` = S + N slots. Raises ValueError."""
+    if kind == "cross":
+        return CrossAttentionFusion(width, heads, depth, dropout)
+    if kind == "qformer":
+        return QFormerFusion(width, heads, length, depth, dropout)
+    if kind == "aligned":
+        return AlignedFusion(width, length)
+    raise ValueError(f"unknown fusion {kind!r}: choose cross, qformer or aligned")

@@ -1,0 +1,828 @@
+"""Images <-> tokens: the data, the two tokenizers, and the cache of encoded tokens.
+
+D2C describes one picture twice, on one grid of h x w places:
+
+    image (B,3,H,W) in [-1,1]
+     |- VQTokenizer.encode -> codes   (B,h,w) int64, one of K codebook rows per place: the coarse picture
+     '- KLTokenizer.encode -> moments (B,2C,h,w), mean and log-variance of C numbers per place: the fine picture
+
+Both are convolutional autoencoders of one family (Esser et al. 2021, arXiv 2012.09841, section 3.1) and differ in
+what happens at the bottleneck:
+
+    VQ   z -> nearest row of a codebook     loss = |x - x'|^2 + |sg(z) - e|^2 + 0.25 |z - sg(e)|^2     (sg: no gradient)
+    KL   z ~ N(mean, variance)              loss = |x - x'|^2 + weight * KL( N(mean, variance) || N(0, 1) )
+
+The same classes hold LlamaGen's VQ-16 and MAR's KL-16 (`from_published`), and small ones that train in a minute.
+
+Reading order: what the scripts share, images, the convolutional family, the two tokenizers, the token cache.
+"""
+import argparse
+import colorsys
+import json
+import math
+import os
+import re
+import time
+import zlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from torch.utils.data import DataLoader, Dataset, Subset
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Shared by the scripts: errors, files, devices and processes
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class InputError(Exception):
+    """Something the user gave cannot be used. The message names the file or flag and the remedy."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but an error is one line (and exit status 2) without the usage text above it."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {' '.join(str(message).split())}\n")
+
+
+def save_atomically(content, path):
+    """torch.save to a temporary name, then rename: a reader sees the old file or the new one, never half of one."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(content, temporary)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        try:
+            temporary.unlink(missing_ok=True)
+        except OSError:
+            pass  # the folder itself is unusable; the line below says so
+        raise InputError(f"{path}: cannot be written ({error}); choose another --out or free space") from error
+
+
+def read_checkpoint(path):
+    """The dict in a torch file, on the CPU, without running any code from it.
+
+    Raises InputError for a file that is missing, truncated, no torch file, or wants to unpickle arbitrary objects
+    (an argparse Namespace, which training scripts like to store, is the one harmless exception).
+    """
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no such file")
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file can fail in any layer of zip and pickle
+        reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
+        raise InputError(f"{path}: not a readable checkpoint ({reason}); it may be truncated or of another kind") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: holds a {type(content).__name__}, expected a dict of weights")
+    return content
+
+
+def load_published(build, path, prefer_ema=True):
+    """`build(state)` on the state dict inside a published checkpoint file.
+
+    The containers of LlamaGen (`model`, `ema`, `module`, `state_dict`, or bare) and MAR (`model_ema`, `model`) are
+    unwrapped, DDP and compile prefixes stripped. Raises InputError naming the file and the keys that do not fit.
+    """
+    state = read_checkpoint(path)
+    order = ["model_ema", "ema", "model", "module", "state_dict"]
+    for name in order if prefer_ema else order[2:] + order[:2]:
+        if isinstance(state.get(name), dict):
+            state = state[name]
+            break
+    state = {re.sub(r"^((module|_orig_mod)\.)+", "", key): value for key, value in state.items()}
+    if not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise InputError(f"{path}: holds no state dict under {', '.join(order)} or at the top level")
+    try:
+        return build(state)
+    except (KeyError, RuntimeError, ValueError) as error:
+        reason = f"key {error} is missing" if isinstance(error, KeyError) else " ".join(str(error).split())[:400]
+        raise InputError(f"{path}: the weights do not fit: {reason}") from error
+
+
+def choose_device(name):
+    """torch.device for `--device auto|cuda|mps|cpu`. Raises InputError for one that this machine or torch build lacks."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind, there in available.items() if there)
+    if not available[name]:
+        raise InputError(f"--device {name}: not available here; use --device cpu, or install a torch build for it")
+    return torch.device(name)
+
+
+class Processes:
+    """This process among `size`; with one process nothing is ever communicated and no process group is made."""
+
+    def __init__(self, device):
+        self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.device = choose_device(device)
+        if self.size > 1:
+            if self.device.type == "cuda":
+                self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+                torch.cuda.set_device(self.device)
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+
+    def say(self, text):
+        if self.rank == 0:
+            print(text, flush=True)
+
+    def wait(self):
+        if self.size > 1:
+            dist.barrier()
+
+    def mean(self, value):
+        """The mean over processes of a scalar tensor, as a float."""
+        if self.size > 1:
+            value = value.detach().clone()
+            dist.all_reduce(value)
+        return float(value) / self.size
+
+    def gather(self, x):
+        """Concatenate the processes' equally shaped slices in rank order, which is the order of the whole batch."""
+        if self.size == 1:
+            return x
+        parts = [torch.empty_like(x) for _ in range(self.size)]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+
+    def end(self):
+        if self.size > 1:
+            dist.destroy_process_group()
+
+
+def autocast(device, dtype):
+    """bf16 matrix products where asked for (the default on CUDA); never fp16, the source of the originals' NaNs."""
+    wanted = dtype == "bf16" or (dtype == "auto" and device.type == "cuda")
+    return torch.autocast(device.type, torch.bfloat16, enabled=wanted)
+
+
+def seed_of(*numbers):
+    """One 63-bit seed from several numbers, well mixed."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def clock(seconds):
+    hours, seconds = divmod(int(seconds), 3600)
+    return (f"{hours}:" if hours else "") + f"{seconds // 60:02d}:{seconds % 60:02d}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Images
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def center_crop(image, size):
+    """ADM's centre crop, the preprocessing of all published ImageNet numbers.
+
+    image: uint8 (H,W,3) array -> uint8 (size,size,3) array. Halved with a box filter while it stays larger than
+    twice `size`, then bicubic to the short side, then cropped; small images are enlarged.
+    Source: guided-diffusion, `image_datasets.py` (Dhariwal & Nichol 2021).
+    """
+    image = Image.fromarray(image)
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    top, left = (image.height - size) // 2, (image.width - size) // 2
+    return np.asarray(image)[top:top + size, left:left + size]
+
+
+def to_float(images):
+    """uint8 (B,H,W,3) -> float32 (B,3,H,W) in [-1,1]."""
+    return images.permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def to_uint8(images):
+    """float (B,3,H,W) in about [-1,1] -> uint8 (B,H,W,3). Truncating 127.5x + 128 (ADM) rounds 127.5x + 127.5 (MAR)."""
+    return (images.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+
+
+def read_image(path, size):
+    """Decode one picture file and centre-crop it: uint8 (size,size,3). Raises InputError naming an unreadable file."""
+    try:
+        with Image.open(path) as image:
+            return center_crop(np.asarray(image.convert("RGB")), size)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(f"{path}: not a readable image ({error}); repair or remove it") from error
+
+
+class ImageFolder(Dataset):
+    """One folder per class (the ImageNet layout); sorted folder names give the class ids. Items: (uint8 (S,S,3), id)."""
+
+    SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
+
+    def __init__(self, root, size):
+        self.size = size
+        folders = sorted(path for path in Path(root).iterdir() if path.is_dir())
+        self.classes = [folder.name for folder in folders]
+        if not folders:
+            raise InputError(f"--data {root}: holds no class folders; expected {root}/CLASS/IMAGE.jpg")
+        self.files = []
+        for label, folder in enumerate(folders):
+            found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in self.SUFFIXES)
+            if not found:
+                print(f"warning: class folder {folder} holds no images; its class id {label} stays unused")
+            self.files += [(path, label) for path in found]
+        if not self.files:
+            raise InputError(f"--data {root}: the class folders hold no images ({' '.join(sorted(self.SUFFIXES))})")
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, index):
+        path, label = self.files[index]
+        return read_image(path, self.size), label
+
+
+class ImageArray(Dataset):
+    """An .npz with `images` uint8 (N,H,W,3) and integer `labels` (N,). Items: (uint8 (S,S,3), label)."""
+
+    def __init__(self, path, size):
+        self.size = size
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                if "images" not in file or "labels" not in file:
+                    raise InputError(f"--data {path}: needs the arrays images and labels, has {', '.join(file.files)}")
+                self.images, self.labels = file["images"], file["labels"]
+        except InputError:
+            raise
+        except Exception as error:  # zip, zlib and npy headers each fail in their own way
+            raise InputError(f"--data {path}: not a readable .npz ({error})") from error
+        if self.images.dtype != np.uint8 or self.images.ndim != 4 or self.images.shape[-1] != 3:
+            raise InputError(f"--data {path}: images must be uint8 (N,H,W,3), not {self.images.dtype} {self.images.shape}")
+        if self.labels.shape != self.images.shape[:1] or self.labels.dtype.kind not in "iu":
+            raise InputError(f"--data {path}: labels must be integers of shape ({len(self.images)},), "
+                             f"not {self.labels.dtype} {self.labels.shape}")
+        if not len(self.labels) or self.labels.min() < 0:
+            raise InputError(f"--data {path}: needs at least one image, and labels from 0 upwards")
+        self.classes = [str(label) for label in range(int(self.labels.max()) + 1)]
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        image = self.images[index]
+        if image.shape[:2] != (self.size, self.size):
+            image = center_crop(image, self.size)
+        return image, int(self.labels[index])
+
+
+class Shapes(Dataset):
+    """Built-in data, drawn on the fly: ten shapes (what the codes must tell) filled with a fine texture (what they lose).
+
+    Picture i depends on (seed, i) only; all lengths are shares of `size`, so that 32, 64 and 256 pixels show the same.
+    Items: (uint8 (S,S,3), label).
+    """
+
+    classes = ["circle", "square", "triangle", "star", "cross", "ring", "heart", "moon", "arrow", "hourglass"]
+
+    def __init__(self, size, count=22000, seed=0):
+        self.size, self.count, self.seed = size, count, seed
+        self.drawn = {}  # a picture takes 0.4 ms to draw: keep the small ones
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        if index not in self.drawn:
+            image = self.draw(index % 10, np.random.default_rng([self.seed, index]))
+            if self.size > 64:
+                return image, index % 10
+            self.drawn[index] = image
+        return self.drawn[index], index % 10
+
+    @staticmethod
+    def outline(label):
+        """Corners of shape `label` in a unit circle, (P,2), y downwards; None where ellipses do it."""
+        turn = np.linspace(0, 2 * np.pi, 40)
+        if label == 1:
+            return np.array([(-.75, -.75), (.75, -.75), (.75, .75), (-.75, .75)])
+        if label == 2:
+            return np.array([(0, -1), (.95, .75), (-.95, .75)])
+        if label == 3:
+            angle, radius = np.arange(10) * np.pi / 5 - np.pi / 2, np.where(np.arange(10) % 2, .42, 1.05)
+            return np.stack([radius * np.cos(angle), radius * np.sin(angle)], 1)
+        if label == 4:
+            a, b = .95, .33
+            return np.array([(-b, -a), (b, -a), (b, -b), (a, -b), (a, b), (b, b),
+                             (b, a), (-b, a), (-b, b), (-a, b), (-a, -b), (-b, -b)])
+        if label == 6:
+            x, y = 16 * np.sin(turn)**3, 13 * np.cos(turn) - 5 * np.cos(2 * turn) - 2 * np.cos(3 * turn) - np.cos(4 * turn)
+            return np.stack([x / 16, -y / 15], 1)
+        if label == 8:
+            return np.array([(0, -1), (.85, -.1), (.35, -.1), (.35, .95), (-.35, .95), (-.35, -.1), (-.85, -.1)])
+        if label == 9:
+            return np.array([(-.85, -.95), (.85, -.95), (.15, 0), (.85, .95), (-.85, .95), (-.15, 0)])
+        return None
+
+    def mask(self, label, center, radius, angle):
+        """Coverage of each pixel by the shape, float (S,S,1) in [0,1]: drawn four times larger, then averaged."""
+        over = 4
+        image = Image.new("L", (self.size * over,) * 2)
+        pen = ImageDraw.Draw(image)
+        center, radius = center * over, radius * over
+
+        def disc(x, y, r, fill):
+            pen.ellipse((x - r, y - r, x + r, y + r), fill=fill)
+
+        corners = self.outline(label)
+        if corners is not None:
+            rotation = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
+            pen.polygon([tuple(corner) for corner in corners @ rotation * radius + center], fill=255)
+        else:
+            disc(*center, radius * .95, 255)
+            if label == 5:
+                disc(*center, radius * .5, 0)
+            if label == 7:
+                disc(center[0] + radius * .5 * np.cos(angle - .4), center[1] + radius * .5 * np.sin(angle - .4), radius * .75, 0)
+        return np.asarray(image.reduce(over), np.float32)[..., None] / 255
+
+    def texture(self, rng):
+        """A fine two-valued pattern, float (S,S,1) in [0,1], about six periods across the picture."""
+        kind, angle = rng.integers(4), rng.uniform(0, np.pi)
+        period = self.size * rng.uniform(.15, .2)
+        y, x = np.mgrid[:self.size, :self.size] * (2 * np.pi / period) + rng.uniform(0, 2 * np.pi, (2, 1, 1))
+        u, v = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
+        if kind == 0:
+            wave = np.sin(u)                                                      # stripes
+        elif kind == 1:
+            wave = np.sin(u) * np.sin(v) * 1.5                                    # checks
+        elif kind == 2:
+            wave = np.cos(u) + np.cos(v) - .6                                     # dots
+        else:                                                                     # noise: random cells of half a period
+            cells = rng.standard_normal((13, 13)).astype(np.float32)
+            wave = np.asarray(Image.fromarray(cells).resize((self.size,) * 2, Image.Resampling.BICUBIC))
+        return (1 / (1 + np.exp(-4 * wave)))[..., None]
+
+    def draw(self, label, rng):
+        """One picture of class `label`, uint8 (S,S,3), from numpy generator `rng`."""
+        size, hue = self.size, rng.uniform()
+
+        def colour(hue, saturation, value):
+            return np.array(colorsys.hsv_to_rgb(hue % 1, saturation, value))
+
+        light, dark = colour(hue, rng.uniform(.45, .8), 1), colour(hue, 1, rng.uniform(.35, .5))
+        pattern = self.texture(rng)
+        inside = light * pattern + dark * (1 - pattern)                           # (S,S,3)
+        slope, back = rng.uniform(0, 2 * np.pi), hue + rng.uniform(.3, .7)
+        y, x = np.mgrid[:size, :size] / (size - 1) - .5
+        ramp = (.5 + (x * np.cos(slope) + y * np.sin(slope)) / math.sqrt(2))[..., None]
+        shade = rng.uniform(.1, .75)
+        outside = colour(back, .35, shade) * ramp + colour(back, .35, shade + .2) * (1 - ramp)
+        radius = size * rng.uniform(.3, .38)
+        center = size / 2 + rng.uniform(-.08, .08, 2) * size
+        mask = self.mask(label, center, radius, rng.uniform(-.35, .35))
+        return np.uint8(255 * (inside * mask + outside * (1 - mask)) + .5)
+
+
+def open_images(data, size, seed=0):
+    """The data set named by `--data`: `shapes`, a folder of class folders, or an .npz. Raises InputError."""
+    if data == "shapes":
+        return Shapes(size, seed=seed)
+    if Path(data).is_dir():
+        return ImageFolder(data, size)
+    if Path(data).is_file():
+        return ImageArray(data, size)
+    raise InputError(f"--data {data}: no such folder or file (give shapes, a folder of class folders, or an .npz)")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The convolutional family
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class TokenizerConfig:
+    """Sizes of a tokenizer. The defaults are those of the published VQ-16 and KL-16."""
+    z_channels: int                          # channels of the bottleneck: C of the KL latents, LlamaGen's 256 for VQ
+    width: int = 128                         # channels at full resolution
+    multipliers: tuple = (1, 1, 2, 2, 4)     # channels per level / width; the resolution halves between levels
+    num_res_blocks: int = 2                  # per level; the decoder has one more
+    encoder_attention: bool = True           # in the lowest level (the middle always has it)
+    decoder_attention: bool = False          # published: VQ yes, KL no
+    patch: int = 1                           # > 1: stem and head work on patches, far cheaper for small pictures
+    linear_skip: bool = False                # add a linear patch embedding around each half: small ones learn faster
+    codebook_size: int = 0                   # VQ only
+    code_dim: int = 8                        # VQ only: width of a codebook row
+
+
+def group_norm(channels):
+    return nn.GroupNorm(32, channels, eps=1e-6)
+
+
+class ResBlock(nn.Module):
+    def __init__(self, in_channels, out_channels):
+        super().__init__()
+        self.norm1 = group_norm(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = group_norm(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        if in_channels != out_channels:
+            self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x):
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+
+
+class AttentionBlock(nn.Module):
+    """Single-head self-attention between all places of a feature map."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.norm = group_norm(channels)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
+
+    def forward(self, x):
+        h = self.norm(x)
+        q, k, v = (to_tokens(layer(h)) for layer in (self.q, self.k, self.v))          # (B,hw,C)
+        return x + self.proj_out(to_map(F.scaled_dot_product_attention(q, k, v), x.shape[2:]))
+
+
+class Downsample(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x):
+        return self.conv(F.pad(x, (0, 1, 0, 1)))  # pads right and bottom only, as the published nets do
+
+
+class Upsample(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x):
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Level(nn.Module):
+    """The residual blocks at one resolution, each followed by attention where asked for."""
+
+    def __init__(self, in_channels, out_channels, num_blocks, attention):
+        super().__init__()
+        widths = [in_channels] + [out_channels] * num_blocks
+        self.res = nn.ModuleList(ResBlock(a, b) for a, b in zip(widths, widths[1:]))
+        self.attn = nn.ModuleList(AttentionBlock(out_channels) for _ in range(num_blocks if attention else 0))
+
+    def forward(self, x):
+        for i, block in enumerate(self.res):
+            x = block(x)
+            if self.attn:
+                x = self.attn[i](x)
+        for name in ("downsample", "upsample"):  # set by the encoder and the decoder, under the published names
+            if hasattr(self, name):
+                x = getattr(self, name)(x)
+        return x
+
+
+def middle(channels):
+    return nn.ModuleList([ResBlock(channels, channels), AttentionBlock(channels), ResBlock(channels, channels)])
+
+
+class Encoder(nn.Module):
+    """images (B,3,H,W) -> features (B,out_channels,H/f,W/f), f = patch * 2^(levels - 1)."""
+
+    def __init__(self, config, out_channels):
+        super().__init__()
+        widths = [config.width * m for m in config.multipliers]
+        last = len(widths) - 1
+        self.patch = config.patch
+        self.conv_in = nn.Conv2d(3 * config.patch**2, config.width, 3, padding=1)
+        self.conv_blocks = nn.ModuleList()
+        for i, (before, after) in enumerate(zip([config.width] + widths, widths)):
+            level = Level(before, after, config.num_res_blocks, config.encoder_attention and i == last)
+            if i < last:
+                level.downsample = Downsample(after)
+            self.conv_blocks.append(level)
+        self.mid = middle(widths[-1])
+        self.norm_out = group_norm(widths[-1])
+        self.conv_out = nn.Conv2d(widths[-1], out_channels, 3, padding=1)
+        if config.linear_skip:
+            factor = config.patch * 2**last
+            self.skip = nn.Conv2d(3, out_channels, factor, stride=factor)
+
+    def forward(self, images):
+        x = self.conv_in(F.pixel_unshuffle(images, self.patch))                        # (B,width,H/patch,W/patch)
+        for block in [*self.conv_blocks, *self.mid]:
+            x = block(x)                                                               # ends as (B,widths[-1],h,w)
+        x = self.conv_out(F.silu(self.norm_out(x)))                                    # (B,out_channels,h,w)
+        return x + self.skip(images) if hasattr(self, "skip") else x
+
+
+class Decoder(nn.Module):
+    """latents (B,C,h,w) -> images (B,3,h*f,w*f); the encoder run backwards, levels stored in execution order."""
+
+    def __init__(self, config):
+        super().__init__()
+        widths = [config.width * m for m in reversed(config.multipliers)]
+        last = len(widths) - 1
+        self.patch = config.patch
+        self.conv_in = nn.Conv2d(config.z_channels, widths[0], 3, padding=1)
+        self.mid = middle(widths[0])
+        self.conv_blocks = nn.ModuleList()
+        for i, (before, after) in enumerate(zip(widths[:1] + widths, widths)):
+            level = Level(before, after, config.num_res_blocks + 1, config.decoder_attention and i == 0)
+            if i < last:
+                level.upsample = Upsample(after)
+            self.conv_blocks.append(level)
+        self.norm_out = group_norm(widths[-1])
+        self.conv_out = nn.Conv2d(widths[-1], 3 * config.patch**2, 3, padding=1)
+        if config.linear_skip:
+            self.factor = config.patch * 2**last
+            self.skip = nn.Conv2d(config.z_channels, 3 * self.factor**2, 1)
+
+    def forward(self, latents):
+        x = self.conv_in(latents)                                                      # (B,widths[0],h,w)
+        for block in [*self.mid, *self.conv_blocks]:
+            x = block(x)                                                               # ends as (B,width,H/patch,W/patch)
+        x = F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(x))), self.patch)       # (B,3,H,W)
+        return x + F.pixel_shuffle(self.skip(latents), self.factor) if hasattr(self, "skip") else x
+
+
+def to_tokens(maps):
+    """(B,C,h,w) -> (B,h*w,C), row by row."""
+    return maps.flatten(2).transpose(1, 2)
+
+
+def to_map(tokens, grid):
+    """(B,h*w,C) -> (B,C,h,w)."""
+    return tokens.transpose(1, 2).unflatten(2, tuple(grid))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The two tokenizers
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def published_sizes(state):
+    """Read the sizes of the convolutional family off a state dict's shapes (LlamaGen's key layout)."""
+    def count(pattern):
+        return 1 + max(int(match[1]) for match in (re.match(pattern, key) for key in state) if match)
+
+    width = state["encoder.conv_in.weight"].shape[0]
+    levels = count(r"encoder\.conv_blocks\.(\d+)\.")
+    return dict(
+        z_channels=state["post_quant_conv.weight"].shape[0], width=width,
+        multipliers=tuple(state[f"encoder.conv_blocks.{i}.res.0.conv1.weight"].shape[0] // width for i in range(levels)),
+        num_res_blocks=count(r"encoder\.conv_blocks\.0\.res\.(\d+)\."),
+        encoder_attention=f"encoder.conv_blocks.{levels - 1}.attn.0.q.weight" in state,
+        decoder_attention="decoder.conv_blocks.0.attn.0.q.weight" in state)
+
+
+class VQTokenizer(nn.Module):
+    """Images <-> discrete codes. Both sides of the nearest-neighbour search lie on the unit sphere, so that the search
+    is by angle and every row can be reached (Yu et al. 2021, arXiv 2110.04627; LlamaGen, arXiv 2406.06525)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config, config.z_channels)
+        self.decoder = Decoder(config)
+        self.quantize = nn.ModuleDict({"embedding": nn.Embedding(config.codebook_size, config.code_dim)})
+        self.quant_conv = nn.Conv2d(config.z_channels, config.code_dim, 1)
+        self.post_quant_conv = nn.Conv2d(config.code_dim, config.z_channels, 1)
+
+    @classmethod
+    def from_published(cls, state):
+        """Build from LlamaGen's keys, strictly. Raises KeyError or RuntimeError naming keys that are missing or extra."""
+        state = {key: value for key, value in state.items() if key != "quantize.codebook_used"}  # training statistics
+        codebook_size, code_dim = state["quantize.embedding.weight"].shape
+        config = TokenizerConfig(codebook_size=codebook_size, code_dim=code_dim, **published_sizes(state))
+        with torch.device(state["quantize.embedding.weight"].device):
+            model = cls(config)
+        model.load_state_dict(state)
+        return model
+
+    def codebook(self):
+        """(K, code_dim), rows of unit length."""
+        return F.normalize(self.quantize["embedding"].weight, dim=-1)
+
+    def features(self, images):
+        """images (B,3,H,W) -> unit vectors (B,code_dim,h,w), before quantisation."""
+        return F.normalize(self.quant_conv(self.encoder(images)), dim=1)
+
+    def nearest(self, z):
+        """unit vectors (B,code_dim,h,w) -> codes (B,h,w); on the sphere the smallest distance is the largest cosine."""
+        return torch.einsum("bchw,kc->bhwk", z, self.codebook()).argmax(-1)            # (B,h,w,K) -> (B,h,w)
+
+    def encode(self, images):
+        """images (B,3,H,W) in [-1,1] -> codes (B,h,w) int64."""
+        return self.nearest(self.features(images))
+
+    def decode(self, codes):
+        """codes (B,h,w) -> images (B,3,H,W) in about [-1,1]: the coarse picture."""
+        rows = F.embedding(codes, self.codebook()).permute(0, 3, 1, 2)                 # (B,code_dim,h,w)
+        return self.decoder(self.post_quant_conv(rows))
+
+    def forward(self, images):
+        """Training: (loss, codes (B,h,w), features (B,code_dim,h,w)); the gradient skips the quantiser
+        (straight-through: van den Oord et al. 2017, arXiv 1711.00937)."""
+        z = self.features(images)
+        codes = self.nearest(z)
+        rows = F.embedding(codes, self.codebook()).permute(0, 3, 1, 2)                 # (B,code_dim,h,w)
+        reconstruction = self.decoder(self.post_quant_conv(z + (rows - z).detach()))
+        commitment = F.mse_loss(rows, z.detach()) + 0.25 * F.mse_loss(z, rows.detach())
+        return F.mse_loss(reconstruction, images) + commitment, codes, z
+
+
+class KLTokenizer(nn.Module):
+    """Images <-> continuous latents: a diagonal Gaussian per place (Kingma & Welling 2013; KL-16 of MAR,
+    arXiv 2406.11838). Latents handed to a generator are samples times `scale`, so that their variance is one."""
+
+    KL_WEIGHT = 1e-4  # per latent number and pixel value: enough to keep the latents near unit size, no more
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.scale = 1.0  # 1 / standard deviation of the latents of the data, measured by `measure_scale`
+        self.encoder = Encoder(config, 2 * config.z_channels)
+        self.decoder = Decoder(config)
+        self.quant_conv = nn.Conv2d(2 * config.z_channels, 2 * config.z_channels, 1)
+        self.post_quant_conv = nn.Conv2d(config.z_channels, config.z_channels, 1)
+
+    @classmethod
+    def from_published(cls, state):
+        """Build from MAR's keys, strictly. They name the same layers in another way: decoder levels count from full
+        resolution there, and in order of execution here. Raises KeyError or RuntimeError naming keys."""
+        levels = 1 + max(int(key.split(".")[2]) for key in state if key.startswith("decoder.up.")) \
+            if any(key.startswith("decoder.up.") for key in state) else 0
+
+        def rename(key):
+            key = re.sub(r"^decoder\.up\.(\d+)", lambda m: f"decoder.conv_blocks.{levels - 1 - int(m[1])}", key)
+            key = re.sub(r"^encoder\.down\.", "encoder.conv_blocks.", key).replace(".block.", ".res.")
+            return re.sub(r"\.mid\.(block_1|attn_1|block_2)\.",
+                          lambda m: f".mid.{('block_1', 'attn_1', 'block_2').index(m[1])}.", key)
+
+        state = {rename(key): value for key, value in state.items()}
+        config = TokenizerConfig(**published_sizes(state))
+        with torch.device(state["quant_conv.weight"].device):
+            model = cls(config)
+        model.load_state_dict(state)
+        return model
+
+    def encode(self, images):
+        """images (B,3,H,W) in [-1,1] -> moments (B,2C,h,w): mean and log-variance, unscaled."""
+        return self.quant_conv(self.encoder(images))
+
+    def decode(self, latents):
+        """unscaled latents (B,C,h,w) -> images (B,3,H,W) in about [-1,1]."""
+        return self.decoder(self.post_quant_conv(latents))
+
+    @staticmethod
+    def sample(moments, noise, dim=1):
+        """Reparameterised sample: mean + std * noise. `dim` is the channel dimension of moments (2C there, C in noise)."""
+        mean, log_variance = moments.chunk(2, dim)
+        return mean + (0.5 * log_variance.clamp(-30, 20)).exp() * noise
+
+    def forward(self, images, noise):
+        """Training loss; noise (B,C,h,w) standard normal."""
+        moments = self.encode(images)
+        mean, log_variance = moments.chunk(2, 1)                                       # (B,C,h,w) each
+        kl = 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance).mean()
+        return F.mse_loss(self.decode(self.sample(moments, noise)), images) + self.KL_WEIGHT * kl
+
+
+def save_tokenizers(path, vq, kl, size):
+    """Both tokenizers in one file; `size` is the side in pixels of the pictures they are for."""
+    save_atomically({"size": size, "vq_config": asdict(vq.config), "vq": vq.state_dict(),
+                     "kl_config": asdict(kl.config), "kl": kl.state_dict(), "scale": kl.scale}, path)
+
+
+def load_tokenizers(path, device="cpu"):
+    """(VQTokenizer, KLTokenizer, picture size) of a run, in eval mode. Raises InputError."""
+    file = read_checkpoint(path)
+    try:
+        vq, kl = VQTokenizer(TokenizerConfig(**file["vq_config"])), KLTokenizer(TokenizerConfig(**file["kl_config"]))
+        vq.load_state_dict(file["vq"])
+        kl.load_state_dict(file["kl"])
+        kl.scale = float(file["scale"])
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise InputError(f"{path}: not a tokenizers file of this project ({' '.join(str(error).split())[:200]})") from error
+    return vq.to(device).eval(), kl.to(device).eval(), file["size"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The token cache: every picture encoded once, original and mirrored
+# ---------------------------------------------------------------------------------------------------------------------
+
+KL16_SCALE = 0.2325  # what MAR's weights expect: KL-16 on ImageNet
+
+
+def batches(images, batch_size, workers, start=0, stride=1):
+    """Batches number start, start + stride, ... of a data set, in order: (uint8 (B,S,S,3), labels (B,))."""
+    number = math.ceil(len(images) / batch_size)
+    indices = [range(k * batch_size, min((k + 1) * batch_size, len(images))) for k in range(start, number, stride)]
+    return DataLoader(images, batch_sampler=indices, num_workers=workers)
+
+
+@torch.no_grad()
+def measure_scale(kl, images, device, seed=0):
+    """1 / standard deviation of the latents of up to 2,048 pictures drawn at random. Within 5 % of KL-16's published
+    0.2325 it is that number, so that MAR's weights meet exactly the latents they were trained on."""
+    chosen = np.random.default_rng(seed).permutation(len(images))[:2048]
+    total = torch.zeros(3, dtype=torch.float64)  # count, sum, sum of squares
+    generator = torch.Generator().manual_seed(seed)
+    for pictures, _ in batches(Subset(images, chosen.tolist()), 64, 0):
+        moments = kl.encode(to_float(pictures.to(device))).cpu()
+        noise = torch.randn(moments.chunk(2, 1)[0].shape, generator=generator)
+        latents = kl.sample(moments, noise).double()
+        total += torch.stack([torch.tensor(latents.numel()), latents.sum(), latents.square().sum()])
+    mean = total[1] / total[0]
+    scale = float((total[2] / total[0] - mean**2).rsqrt())
+    if not math.isfinite(scale):
+        raise InputError("the KL tokenizer's latents are constant or not finite: train it longer, or check --kl")
+    return KL16_SCALE if abs(scale / KL16_SCALE - 1) < 0.05 else scale
+
+
+@torch.no_grad()
+def encode_images(images, vq, kl, folder, meta, processes, batch_size=64, workers=0):
+    """Encode a data set and its mirror image into the token cache `folder`:
+
+        codes.npy   uint16  (2,N,h*w)      moments.npy float16 (2,N,h*w,2C)
+        labels.npy  int64   (N,)           meta.json   counts, grid, classes, scale and `meta`; written last
+
+    The processes take turns in batches and write into the same files. Raises InputError when the grids of the two
+    tokenizers differ or the folder cannot be written.
+    """
+    folder, rank, device = Path(folder), processes.rank, processes.device
+    size = images[0][0].shape[0]
+    probe = torch.zeros(1, 3, size, size, device=device)
+    code_grid, latent_grid = vq.encode(probe).shape[1:], kl.encode(probe).shape[2:]
+    if code_grid != latent_grid:
+        raise InputError(f"the VQ tokenizer's grid {tuple(code_grid)} and the KL tokenizer's grid {tuple(latent_grid)} differ: "
+                         "their downsampling factors must be equal (--vq, --kl)")
+    if vq.config.codebook_size > 65536:
+        raise InputError(f"--vq: {vq.config.codebook_size} codes do not fit the cache's 16 bits")
+    number, places, channels = len(images), code_grid.numel(), 2 * kl.config.z_channels
+    layout = {"codes": (np.uint16, (2, number, places)), "moments": (np.float16, (2, number, places, channels)),
+              "labels": (np.int64, (number,))}
+    if rank == 0:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "meta.json").unlink(missing_ok=True)  # from here on the cache counts as unfinished
+            for name, (dtype, shape) in layout.items():
+                np.lib.format.open_memmap(folder / f"{name}.npy", "w+", dtype, shape)
+        except OSError as error:
+            raise InputError(f"{folder}: the token cache cannot be written ({error})") from error
+    processes.wait()
+    arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r+") for name in layout}
+    began, share = time.time(), math.ceil(math.ceil(number / batch_size) / processes.size)
+    for turn, (pictures, labels) in enumerate(batches(images, batch_size, workers, rank, processes.size)):
+        start = (turn * processes.size + rank) * batch_size
+        place = slice(start, start + len(labels))
+        arrays["labels"][place] = labels.numpy()
+        for mirrored in (0, 1):
+            x = to_float(pictures.to(device))
+            x = x.flip(3) if mirrored else x
+            arrays["codes"][mirrored, place] = vq.encode(x).flatten(1).cpu().numpy()
+            arrays["moments"][mirrored, place] = to_tokens(kl.encode(x)).float().cpu().numpy()
+        if (turn + 1) % max(1, share // 5) == 0 or turn + 1 == share:
+            speed = (turn + 1) / (time.time() - began)
+            processes.say(f"encoding  {min((turn + 1) * processes.size * batch_size, number)}/{number} pictures  "
+                          f"{speed * batch_size * processes.size:.0f} images/s  ETA {clock((share - turn - 1) / speed)}")
+    for array in arrays.values():
+        array.flush()
+    processes.wait()
+    if rank == 0:
+        meta = dict(meta, count=number, grid=list(code_grid), channels=kl.config.z_channels, scale=kl.scale,
+                    codebook_size=vq.config.codebook_size, classes=images.classes, size=size)
+        (folder / "meta.json.tmp").write_text(json.dumps(meta, indent=1))
+        os.replace(folder / "meta.json.tmp", folder / "meta.json")
+    processes.wait()
+
+
+class TokenCache:
+    """The encoded data set, memory-mapped: codes (2,N,n), moments (2,N,n,2C), labels (N,), `meta` as a dict.
+
+    Raises InputError when the cache is unfinished or its files do not fit its meta.json."""
+
+    def __init__(self, folder):
+        folder = Path(folder)
+        try:
+            self.meta = json.loads((folder / "meta.json").read_text())
+            number, places = self.meta["count"], math.prod(self.meta["grid"])
+            self.codes, self.moments, self.labels = (
+                np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ("codes", "moments", "labels"))
+        except (OSError, KeyError, TypeError, ValueError, EOFError) as error:
+            raise InputError(f"{folder}: the token cache is unfinished or damaged ({error}); "
+                             "delete it and run train.py --stage 0") from error
+        if (self.codes.shape, self.moments.shape, self.labels.shape) != (
+                (2, number, places), (2, number, places, 2 * self.meta["channels"]), (number,)):
+            raise InputError(f"{folder}: the arrays do not fit meta.json; delete the folder and run train.py --stage 0")
+
+    @property
+    def identity(self):
+        """A short fingerprint of the cache, kept in checkpoints: weights belong to the tokens they were trained on."""
+        sample = np.ascontiguousarray(self.codes[:, ::max(1, len(self.labels) // 1000)])
+        return f"{zlib.crc32(json.dumps(self.meta, sort_keys=True).encode() + sample.tobytes()):08x}"

@@ -1,0 +1,504 @@
+"""Train D2C: the tokenizers (stage 0), the discrete generator (stage 1), the continuous generator (stage 2).
+
+    python train.py                                        demo: built-in pictures, all stages, minutes on a laptop
+    python train.py --preset cifar --data cifar10.npz      real pictures, one GPU
+    python train.py --stage 0 --preset B --data IMAGENET/train --vq vq_ds16_c2i.pt --kl kl16.ckpt       encode once
+    torchrun --nproc_per_node=8 train.py --stage 1 --preset B                                           8 GPUs, one node
+    torchrun --nproc_per_node=8 --nnodes=2 --node_rank=0 --master_addr=HOST train.py --stage 2 --preset B
+
+Everything goes to one run folder (--out): tokenizers.pt, tokens/, stage0.pt, stage1.pt, stage2.pt and a .csv log per stage.
+The same command again resumes. All three stages run through one loop (`fit`); a stage brings a model whose forward is
+its loss, and a function that reads a batch.
+
+Every random number of step k is drawn for the whole batch from a generator seeded by (seed, stage, k), and each process
+takes its slice: a resumed run equals an uninterrupted one, and the number of processes changes nothing but rounding.
+
+Reading order: batches of the three stages, the loop, the stages, the command.
+"""
+import contextlib
+import csv
+import functools
+import math
+import signal
+import threading
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader, Dataset
+
+from d2c import PRESETS, ContinuousConfig, ContinuousGenerator, DiscreteConfig, DiscreteGenerator
+from tokenizers import (InputError, KLTokenizer, Parser, Processes, TokenCache, TokenizerConfig, VQTokenizer, autocast,
+                        clock, encode_images, load_published, load_tokenizers, measure_scale, open_images, read_checkpoint,
+                        save_atomically, save_tokenizers, seed_of, to_float)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Batches: what a step needs, read and drawn
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def split_held_out(count, seed):
+    """(training, validation) indices of a data set: 1 % of the pictures, at most 5,000, are held out."""
+    order = np.random.default_rng([seed, 1]).permutation(count)
+    held_out = max(1, min(count // 100, 5000)) if count > 1 else 0
+    return order[held_out:], order[:held_out]
+
+
+@functools.lru_cache(maxsize=2)
+def epoch_order(count, seed, epoch):
+    return np.random.default_rng([seed, 2, epoch]).permutation(count)
+
+
+class Batches(Dataset):
+    """Item k is the batch of step k: `read(chosen, part, generator)` of the pictures `chosen`, where the generator draws for
+    the whole batch and `part` is this process's slice of it. Pictures come in a new random order every epoch."""
+
+    VALIDATION_STEP = 2**32 - 1  # the validation batch: always the same pictures and draws
+
+    def __init__(self, read, indices, batch_size, stage, seed, processes):
+        self.read, self.indices, self.batch_size, self.stage, self.seed = read, indices, batch_size, stage, seed
+        share = batch_size // processes.size
+        self.part = slice(processes.rank * share, (processes.rank + 1) * share)
+
+    def __getitem__(self, step):
+        count = len(self.indices)
+        places = np.arange(self.batch_size) + (0 if step == self.VALIDATION_STEP else step * self.batch_size)
+        chosen = [self.indices[epoch_order(count, self.seed, place // count)[place % count]] for place in places.tolist()]
+        generator = torch.Generator().manual_seed(seed_of(self.seed, self.stage, step))
+        return self.read(np.array(chosen), self.part, generator)
+
+
+def read_pictures(images, latent_shape, chosen, part, generator):
+    """Stage 0: pictures (b,3,S,S), half of them mirrored, and the KL tokenizer's noise (b,C,h,w)."""
+    mirrored = torch.rand(len(chosen), generator=generator)[part] < 0.5
+    noise = torch.randn(len(chosen), *latent_shape, generator=generator)[part]
+    pictures = to_float(torch.stack([torch.as_tensor(images[int(i)][0]) for i in chosen[part]]))
+    return torch.where(mirrored[:, None, None, None], pictures.flip(3), pictures), noise
+
+
+def read_codes(cache, chosen, part, generator):
+    """Stage 1: codes (b,N) and labels (b,); the class is dropped in 10 % of samples, for guidance."""
+    mirrored = torch.randint(2, (len(chosen),), generator=generator)[part].numpy()
+    dropped = torch.rand(len(chosen), generator=generator)[part] < 0.1
+    codes = torch.from_numpy(cache.codes[mirrored, chosen[part]].astype(np.int64))
+    return codes, torch.from_numpy(cache.labels[chosen[part]]).masked_fill(dropped, -1)
+
+
+def read_latents(cache, noise_levels, code_noise, chosen, part, generator):
+    """Stage 2: the arguments of ContinuousGenerator.forward. The share of hidden places follows MAR: a normal
+    distribution around 1, cut to [0.7, 1], one draw for the batch. Class and codes are dropped together in 10 % of
+    samples, codes alone in 5 %, and a share `code_noise` of all codes is replaced by random ones."""
+    batch, (places, double) = len(chosen), cache.moments.shape[2:]
+    channels = double // 2
+
+    def uniform(*shape):
+        return torch.rand(*shape, generator=generator)[part]
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator)[part]
+
+    mirrored = torch.randint(2, (batch,), generator=generator)[part].numpy()
+    ratio = nn.init.trunc_normal_(torch.empty(1), mean=1.0, std=0.25, a=0.7, b=1.0, generator=generator)
+    hidden = math.ceil(places * float(ratio))
+    order = uniform(batch, places).argsort(1)
+    moments = torch.from_numpy(cache.moments[mirrored, chosen[part]].astype(np.float32))      # (b,N,2C)
+    latents = KLTokenizer.sample(moments, normal(batch, places, channels), dim=2) * cache.meta["scale"]
+    codes = torch.from_numpy(cache.codes[mirrored, chosen[part]].astype(np.int64))            # (b,N)
+    wrong = torch.randint(cache.meta["codebook_size"], (batch, places), generator=generator)[part]
+    codes = torch.where(uniform(batch, places) < code_noise, wrong, codes)
+    dropped = uniform(batch)
+    labels = torch.from_numpy(cache.labels[chosen[part]]).masked_fill(dropped < 0.1, -1)
+    codes = codes.masked_fill(dropped[:, None] < 0.15, -1)
+    t = torch.randint(1000, (batch, hidden, noise_levels), generator=generator)[part]
+    return latents, order[:, hidden:], order[:, :hidden], labels, codes, t, normal(batch, hidden, noise_levels, channels)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loop
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def stop_signals():
+    """A list that receives SIGINT or SIGTERM once, so that the loop can finish its step and save; a second one kills."""
+    received, before = [], {}
+
+    def receive(number, frame):
+        received.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def learning_rate(step, steps, peak, warmup, decay):
+    """Linear warm-up, then constant, or a cosine to zero at `steps`."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak if decay == "constant" else peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def parameter_groups(model, weight_decay):
+    """Weight decay on matrices only, and never on the diffusion head (LlamaGen and MAR)."""
+    groups = {True: [], False: []}
+    for name, parameter in model.named_parameters():
+        groups[parameter.ndim >= 2 and not name.startswith("diffloss.")].append(parameter)
+    return [dict(params=groups[True], weight_decay=weight_decay), dict(params=groups[False], weight_decay=0.0)]
+
+
+def fit(stage, model, train, validation, defaults, run, extra, args, processes):
+    """Train `model` (its forward is the loss) for `steps` steps, from the run's checkpoint if there is one.
+
+    train, validation: Batches. defaults: the preset's training settings. run: what must not change between sessions.
+    extra: stored in the checkpoint for sample.py. Returns the averaged (EMA) model.
+    Raises InputError when a checkpoint does not fit the command, or when the loss is not finite.
+    """
+    device, path = processes.device, Path(args.out) / f"stage{stage}.pt"
+    steps, peak = args.steps or defaults["steps"], args.lr or defaults["lr"]
+    model = model.to(device)
+    average = AveragedModel(model)
+    optimizer = torch.optim.AdamW(parameter_groups(model, defaults["weight_decay"]), lr=peak, betas=(0.9, 0.95),
+                                  fused=device.type == "cuda")
+    start, log = 0, []
+    if path.exists():
+        file = read_checkpoint(path)
+        check_run(path, file, run)
+        try:
+            model.load_state_dict(file["model"])
+            average.module.load_state_dict(file["ema"])
+            optimizer.load_state_dict(file["optimizer"])
+            start, log = file["step"], file["log"]
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise InputError(f"{path}: does not fit this stage ({' '.join(str(error).split())[:300]})") from error
+        average.n_averaged.fill_(start)
+        del file
+        if start >= steps:
+            processes.say(f"stage {stage}: finished ({start} steps); a larger --steps continues")
+            return average.module
+        processes.say(f"stage {stage}: resuming {path} at step {start} of {steps}")
+
+    def save(step):
+        if processes.rank == 0:
+            save_atomically(dict(extra, run=run, stage=stage, step=step, log=log, model=model.state_dict(),
+                                 ema=average.module.state_dict(), optimizer=optimizer.state_dict()), path)
+            with open(path.with_suffix(".csv"), "w", newline="") as file:  # written whole: no row twice after a resume
+                csv.writer(file).writerows([LOG_COLUMNS, *log])
+        processes.wait()
+
+    @torch.no_grad()
+    def validate():
+        """Loss of the averaged weights on held-out pictures."""
+        average.module.eval()
+        with autocast(device, args.dtype):
+            loss = average.module(*(x.to(device) for x in validation[Batches.VALIDATION_STEP]))
+        return processes.mean(loss)
+
+    model.checkpointing = args.checkpointing
+    trained = model
+    if processes.size > 1:
+        trained = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+    if device.type == "cuda" if args.compile is None else args.compile:
+        trained = torch.compile(trained)
+    parameters = sum(p.numel() for p in model.parameters())
+    processes.say(f"stage {stage}: {parameters / 1e6:.2f} M parameters, {len(train.indices)} pictures, {steps} steps of "
+                  f"{train.batch_size}, {processes.size} process{'es' if processes.size > 1 else ''} on {device}")
+    loader = DataLoader(train, batch_size=None, sampler=range(start, steps), pin_memory=device.type == "cuda",
+                        num_workers=(4 if device.type == "cuda" else 0) if args.workers is None else args.workers)
+    log_every = args.log_every or max(1, min(100, steps // 20))
+    losses, began, last = [], time.time(), time.time()  # losses stay on the device until they are logged
+    earlier = log[-1][-1] if log else 0.0
+    with stop_signals() as stopping:
+        for step, batch in zip(range(start, steps), loader):
+            torch.manual_seed(seed_of(args.seed, stage, step, processes.rank))  # dropout
+            rate = learning_rate(step, steps, peak, defaults["warmup"], defaults["decay"])
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            model.train()
+            batch = [x.to(device, non_blocking=True).chunk(args.accumulate) for x in batch]
+            for k, micro in enumerate(zip(*batch)):
+                last_micro = k == args.accumulate - 1
+                with autocast(device, args.dtype), contextlib.nullcontext() if last_micro or processes.size == 1 else trained.no_sync():
+                    loss = trained(*micro) / args.accumulate
+                    loss.backward()
+                losses.append(loss.detach())
+            nn.utils.clip_grad_norm_(model.parameters(), defaults["clip"])
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            if hasattr(model, "after_step"):  # stage 0: dead codes
+                model.after_step(processes, torch.Generator().manual_seed(seed_of(args.seed, stage, step, 2**31)))
+            decay = min(defaults["ema"], (1 + step) / (10 + step))  # a young average forgets its random start quickly
+            average.multi_avg_fn = get_ema_multi_avg_fn(decay)
+            average.update_parameters(model)
+
+            done = step + 1
+            if processes.size > 1 and done % 10 == 0:  # all processes must stop at the same step
+                told = torch.tensor([max(stopping, default=0)], device=device)
+                dist.all_reduce(told, dist.ReduceOp.MAX)
+                stop = int(told)
+            else:
+                stop = stopping[0] if stopping and processes.size == 1 else 0
+            if done % log_every == 0 or done % args.save_every == 0 or done == steps or stop:
+                history = torch.stack(losses).view(-1, args.accumulate).sum(1)
+                losses = []
+                if not history.isfinite().all():
+                    at = done - len(history) + int((~history.isfinite()).nonzero()[0])
+                    kept = f"{path} (step {start if not log else log[-1][0]}) is kept" if path.exists() else "nothing was saved yet"
+                    raise InputError(f"stage {stage}: the loss is not finite at step {at} (learning rate {rate:.2e}); most likely "
+                                     f"the rate is too high: try --lr {peak / 3:.1e}. The last good checkpoint {kept}")
+                speed = len(history) * train.batch_size / (time.time() - last)
+                row = [done, round(processes.mean(history.mean()), 5), round(validate(), 5), float(f"{rate:.4g}"),
+                       round(speed, 1), round(earlier + time.time() - began, 1)]
+                log.append(row)
+                eta = (steps - done) * (time.time() - began) / (done - start)
+                processes.say(f"stage {stage}  step {done}/{steps}  loss {row[1]:.4f}  validation {row[2]:.4f}  rate {rate:.2e}  "
+                              f"{speed:.0f} images/s  ETA {clock(eta)}")
+                last = time.time()
+            if done % args.save_every == 0 or done == steps or stop:
+                save(done)
+            if stop:
+                processes.say(f"stopped after step {done} and saved {path}; run the same command again to go on")
+                raise SystemExit(128 + stop)
+    return average.module
+
+
+LOG_COLUMNS = ["step", "loss", "validation", "learning_rate", "images_per_second", "seconds"]
+
+
+def check_run(path, file, run):
+    """A checkpoint belongs to one run: whatever changes the run's meaning must be as it was. Raises InputError."""
+    before = file.get("run")
+    if not isinstance(before, dict):
+        raise InputError(f"{path}: not a checkpoint of this project; move it away or choose another --out")
+    for name, value in run.items():
+        if before.get(name) != value:
+            raise InputError(f"{path}: was made with {name} {before.get(name)}, this command has {name} {value}; "
+                             "use the same, or choose another --out")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stage 0: tokenizers and token cache
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Tokenizers(nn.Module):
+    """Both tokenizers under one loss (they share no parameter), with revival of dead codes."""
+
+    PATIENCE = 30  # steps without use before a code counts as dead
+
+    def __init__(self, vq, kl):
+        super().__init__()
+        self.vq, self.kl = vq, kl
+        self.register_buffer("unused", torch.zeros(vq.config.codebook_size, dtype=torch.int64))
+
+    def forward(self, pictures, noise):
+        loss, codes, z = self.vq(pictures)
+        self.seen = codes.detach().flatten(), z.detach().permute(0, 2, 3, 1).flatten(0, 2)   # (bhw,), (bhw,code_dim)
+        return loss + self.kl(pictures, noise)
+
+    @torch.no_grad()
+    def after_step(self, processes, generator):
+        """Move codes that no place chose for some time onto encoder outputs of this batch (after the optimizer's step,
+        which would move them again)."""
+        codes, z = (processes.gather(x) for x in self.seen)
+        self.unused += 1
+        self.unused[codes] = 0
+        dead = (self.unused >= self.PATIENCE).nonzero()[:, 0]
+        dead = dead[:len(z)]
+        chosen = torch.randperm(len(z), generator=generator)[:len(dead)].to(z.device)
+        self.vq.quantize["embedding"].weight[dead] = z[chosen]
+        self.unused[dead] = 0
+
+
+def make_tokenizers(args, preset, images, processes):
+    """The run's tokenizers: published ones (--vq, --kl), or trained here. Writes tokenizers.pt."""
+    path = Path(args.out) / "tokenizers.pt"
+    if args.vq and args.kl:
+        vq = load_published(VQTokenizer.from_published, args.vq).to(processes.device).eval()
+        kl = load_published(KLTokenizer.from_published, args.kl).to(processes.device).eval()
+    elif preset["vq"] is None:
+        raise InputError(f"preset {args.preset} uses the published tokenizers: give both --vq FILE and --kl FILE")
+    else:
+        torch.manual_seed(args.seed)
+        vq, kl = VQTokenizer(TokenizerConfig(**preset["vq"])), KLTokenizer(TokenizerConfig(**preset["kl"]))
+        defaults = preset["train"][0]
+        batch_size = args.batch_size or defaults["batch_size"]
+        factor = kl.config.patch * 2 ** (len(kl.config.multipliers) - 1)
+        latent_shape = (kl.config.z_channels, preset["size"] // factor, preset["size"] // factor)
+        read = functools.partial(read_pictures, images, latent_shape)
+        train, held_out = split_held_out(len(images), args.seed)
+        batches = [Batches(read, indices, batch_size, 0, args.seed, processes) for indices in (train, held_out)]
+        run = dict(preset=args.preset, data=data_name(args.data), seed=args.seed, batch_size=batch_size)
+        trained = fit(0, Tokenizers(vq, kl), *batches, defaults, run, {}, args, processes)
+        vq, kl = trained.vq.eval(), trained.kl.eval()
+    kl.scale = measure_scale(kl, images, processes.device, args.seed)
+    if processes.rank == 0:
+        save_tokenizers(path, vq, kl, preset["size"])
+    processes.wait()
+    return vq, kl
+
+
+def data_name(data):
+    return data if data == "shapes" else str(Path(data).resolve())
+
+
+def stage0(args, preset, processes):
+    """Tokenizers and token cache, each unless it is there."""
+    out, cache = Path(args.out), Path(args.out) / "tokens"
+    if (cache / "meta.json").exists() and not retrain_wanted(args, out):
+        meta = TokenCache(cache).meta
+        if args.data and meta["data"] != data_name(args.data):
+            raise InputError(f"{cache}: made from {meta['data']}, not from --data {args.data}; choose another --out")
+        if meta["preset"] != args.preset:
+            raise InputError(f"{cache}: made with preset {meta['preset']}, not {args.preset}; choose another --out")
+        if args.stage in (None, 0):
+            processes.say(f"stage 0: finished ({meta['count']} pictures encoded in {cache})")
+        return
+    if args.stage in (1, 2):
+        processes.say(f"stage {args.stage} needs the token cache {cache}, which is not there yet: building it (stage 0)")
+    args.data = args.data or ("shapes" if args.preset == "demo" else None)
+    if args.data is None:
+        raise InputError(f"preset {args.preset} needs --data: a folder of class folders, an .npz, or shapes")
+    images = open_images(args.data, preset["size"], args.seed)
+    vq, kl = make_tokenizers(args, preset, images, processes)
+    encode_images(images, vq, kl, cache, dict(data=data_name(args.data), preset=args.preset, seed=args.seed), processes,
+                  workers=args.workers or 0)
+
+
+def retrain_wanted(args, out):
+    """`--stage 0 --steps MORE` trains existing tokenizers further, unless weights already build on their tokens."""
+    if args.stage != 0 or not args.steps or not (out / "stage0.pt").exists():
+        return False
+    if args.steps <= read_checkpoint(out / "stage0.pt").get("step", 0):
+        return False
+    for name in ("stage1.pt", "stage2.pt"):
+        if (out / name).exists():
+            raise InputError(f"--steps: training the tokenizers further would make {out / name} useless; remove it first")
+    return True
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stages 1 and 2: the generators
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def train_generator(stage, args, preset, processes):
+    cache = TokenCache(Path(args.out) / "tokens")
+    meta, defaults = cache.meta, preset["train"][stage]
+    batch_size = args.batch_size or defaults["batch_size"]
+    run = dict(preset=args.preset, seed=args.seed, batch_size=batch_size, tokens=cache.identity)
+    common = dict(num_classes=len(meta["classes"]), grid=tuple(meta["grid"]), codebook_size=meta["codebook_size"])
+    torch.manual_seed(seed_of(args.seed, stage))
+    if stage == 1:
+        model = DiscreteGenerator(DiscreteConfig(**common, **preset["stage1"]))
+        read = functools.partial(read_codes, cache)
+    else:
+        fusion = args.fusion or preset["fusion"]
+        run.update(fusion=fusion, code_noise=args.code_noise)
+        model = ContinuousGenerator(ContinuousConfig(**common, **preset["stage2"], channels=meta["channels"], fusion=fusion))
+        if fusion != "none":
+            model.start_fusion(load_tokenizers(Path(args.out) / "tokenizers.pt")[0].codebook())
+        read = functools.partial(read_latents, cache, model.config.noise_levels, args.code_noise)
+    if args.init and not (Path(args.out) / f"stage{stage}.pt").exists():
+        load_published(model.load_published, args.init, prefer_ema=args.init_ema)
+        processes.say(f"stage {stage}: starting from {args.init}")
+    train, held_out = split_held_out(len(cache.labels), args.seed)
+    batches = [Batches(read, indices, batch_size, stage, args.seed, processes) for indices in (train, held_out)]
+    extra = dict(config=asdict(model.config), classes=meta["classes"])
+    fit(stage, model, *batches, defaults, run, extra, args, processes)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def parse(argv):
+    def positive(text):
+        if (value := int(text)) < 1:
+            raise ValueError
+        return value
+
+    parser = Parser(prog="train.py", description="Train D2C; without --stage, every stage that is not finished.")
+    add = parser.add_argument
+    add("--stage", type=int, choices=(0, 1, 2), help="0 tokenizers and token cache, 1 discrete, 2 continuous generator")
+    add("--preset", choices=PRESETS, default="demo", help="sizes and training settings (default demo)")
+    add("--out", help="run folder (default runs/PRESET)")
+    add("--data", help="shapes (built in), a folder of class folders, or an .npz with images and labels")
+    add("--vq", metavar="FILE", help="published VQ tokenizer (LlamaGen's vq_ds16_c2i.pt) instead of training one")
+    add("--kl", metavar="FILE", help="published KL tokenizer (MAR's kl16.ckpt) instead of training one")
+    add("--fusion", choices=("none", "cross", "qformer", "aligned"), help="how codes enter stage 2 (default: the preset's)")
+    add("--init", metavar="FILE", help="start --stage 1 from LlamaGen's or --stage 2 from MAR's weights")
+    choice = parser.add_mutually_exclusive_group()
+    choice.add_argument("--init-ema", action="store_true", default=True, help="the averaged weights of --init (default)")
+    choice.add_argument("--init-raw", action="store_false", dest="init_ema", help="the raw weights of --init")
+    add("--steps", type=positive, help="training steps of each stage that runs")
+    add("--batch-size", type=positive, help="pictures per step, over all processes")
+    add("--accumulate", type=positive, default=1, help="split each process's share of a step into so many parts")
+    add("--lr", type=float, help="peak learning rate")
+    add("--code-noise", type=float, default=0.0, help="stage 2: share of codes replaced by random ones")
+    add("--checkpointing", action="store_true", help="recompute activations: less memory, about a third slower")
+    add("--workers", type=int, help="processes that read data (default 4 on CUDA, else 0)")
+    add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
+    add("--dtype", choices=("auto", "bf16", "float32"), default="auto", help="of matrix products (auto: bf16 on CUDA)")
+    add("--compile", action="store_true", default=None, help="torch.compile (default on CUDA)")
+    add("--no-compile", action="store_false", dest="compile")
+    add("--seed", type=int, default=0)
+    add("--log-every", type=positive, help="steps between progress lines (default a twentieth, at most 100)")
+    add("--save-every", type=positive, default=500, help="steps between checkpoints")
+    args = parser.parse_args(argv)
+    args.out = args.out or f"runs/{args.preset}"
+    if args.init and args.stage not in (1, 2):
+        parser.error("--init needs --stage 1 or --stage 2")
+    if bool(args.vq) != bool(args.kl):
+        parser.error("--vq and --kl belong together: give both files")
+    if not 0 <= args.code_noise <= 1:
+        parser.error(f"--code-noise is a share, between 0 and 1, not {args.code_noise}")
+    if args.seed < 0:
+        parser.error("--seed must not be negative")
+    return parser, args
+
+
+def main(argv=None):
+    parser, args = parse(argv)
+    processes = None
+    try:
+        preset = PRESETS[args.preset]
+        processes = Processes(args.device)
+        torch.set_float32_matmul_precision("high")  # TF32 where bf16 is not used
+        for stage in (0, 1, 2) if args.stage is None else (args.stage,):
+            batch_size = args.batch_size or preset["train"].get(stage, preset["train"][1])["batch_size"]
+            if batch_size % (processes.size * args.accumulate):
+                raise InputError(f"--batch-size {batch_size} must be divisible by processes x --accumulate = "
+                                 f"{processes.size} x {args.accumulate}")
+        try:
+            Path(args.out).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"--out {args.out}: cannot be made a folder ({error}); choose another") from error
+        stage0(args, preset, processes)
+        for stage in (1, 2):
+            if args.stage in (None, stage):
+                train_generator(stage, args, preset, processes)
+        if args.stage is None:
+            processes.say(f"done: python sample.py --run {args.out}")
+    except InputError as error:
+        parser.error(error)
+    except KeyboardInterrupt:
+        parser.exit(130, "interrupted; run the same command again to go on\n")
+    finally:
+        if processes:
+            processes.end()
+
+
+if __name__ == "__main__":
+    main()
