@@ -338,12 +338,13 @@ class Denoiser(nn.Module):
         return self.final_layer(x, y)                                                         # (M,2C)
 
 
-def posterior_step(x, eps, fraction, tables, t):
-    """Mean and log-variance (M,C) of the reverse step from x at table index t, given the predicted noise.
+def posterior_step(x, eps, fraction, tables, t, clip=math.inf):
+    """Mean and log-variance (M,C) of the reverse step from x at table index t, given the predicted noise; the estimate of
+    x0 that lies between is kept within +-clip.
 
     fraction in about [-1,1] interpolates the log-variance between its lower and upper bound (Nichol & Dhariwal, eq. 15).
     """
-    x0 = tables["recip_signal"][t] * x - tables["recip_noise"][t] * eps
+    x0 = (tables["recip_signal"][t] * x - tables["recip_noise"][t] * eps).clamp(-clip, clip)
     share = (fraction + 1) / 2
     log_variance = share * tables["log_beta"][t] + (1 - share) * tables["log_posterior"][t]
     return tables["x0_weight"][t] * x0 + tables["xt_weight"][t] * x, log_variance
@@ -378,12 +379,13 @@ def discretised_nll(x, mean, log_std):
 
 
 @torch.no_grad()
-def diffusion_sample(denoiser, z, noise, temperature=1.0, cfg_scale=1.0, steps=100):
+def diffusion_sample(denoiser, z, noise, temperature=1.0, cfg_scale=1.0, steps=100, clip=math.inf):
     """Ancestral sampling of one latent per condition: (M,C).
 
     noise: an iterable of (M,C) draws, first the start, then one per step (the last is drawn and not used, as in MAR).
     With guidance z is [cond; uncond] of 2M rows, eps = uncond + cfg_scale (cond - uncond), and the variance is the
-    conditional half's. temperature scales the noise of every step.
+    conditional half's. temperature scales the noise of every step. clip bounds the estimate of x0: the cosine schedule's
+    first step divides by 5e-5, where a network of few training steps would throw x far off (MAR does not clip).
     """
     noise = iter(noise)
     x = next(noise)                                                                           # (M,C)
@@ -395,7 +397,7 @@ def diffusion_sample(denoiser, z, noise, temperature=1.0, cfg_scale=1.0, steps=1
         if guided:
             cond, uncond = eps.chunk(2)                                                       # (M,C) each
             eps, fraction = uncond + cfg_scale * (cond - uncond), fraction[:len(x)]
-        mean, log_variance = posterior_step(x, eps, fraction, tables, i)
+        mean, log_variance = posterior_step(x, eps, fraction, tables, i, clip)
         step_noise = next(noise)[:len(x)]
         x = mean + (0.5 * log_variance).exp() * step_noise * temperature if i > 0 else mean
     return x
@@ -558,10 +560,10 @@ class ContinuousGenerator(nn.Module):
 
     @torch.no_grad()
     def generate(self, labels, codes=None, num_steps=64, cfg_scale=1.0, temperature=1.0, diffusion_steps=100,
-                 generator=None, orders=None, draw=None, denoiser=None):
+                 clip=math.inf, generator=None, orders=None, draw=None, denoiser=None):
         """labels (B,), codes (B,N) unless fusion is "none" -> latents (B,N,C), scaled as in training.
 
-        orders (B,N), permutations; drawn unless given. draw(rows, C) supplies the noise; standard normal unless given.
+        clip: see diffusion_sample. orders (B,N), permutations; drawn unless given. draw(rows, C) supplies the noise; standard normal unless given.
         denoiser replaces the diffusion network (for tests with a known one).
         """
         number, channels, device = math.prod(self.config.grid), self.config.channels, labels.device
@@ -585,7 +587,7 @@ class ContinuousGenerator(nn.Module):
             drawn = (torch.cat([places, places]) if guided else places)[..., None]
             z = z.gather(1, drawn.expand(-1, -1, z.shape[-1])).flatten(0, 1)                  # (B*r or 2B*r,D)
             noise = (draw(batch * revealed, channels) for _ in range(diffusion_steps + 1))
-            tokens = diffusion_sample(denoiser, z, noise, temperature, step_cfg, diffusion_steps)          # (B*r,C)
+            tokens = diffusion_sample(denoiser, z, noise, temperature, step_cfg, diffusion_steps, clip)    # (B*r,C)
             latents.scatter_(1, places[..., None].expand(-1, -1, channels), tokens.unflatten(0, (batch, revealed)))
         return latents
 
@@ -613,13 +615,17 @@ def token_schedule(num_tokens, num_steps, cfg_scale):
 
 @torch.no_grad()
 def generate(discrete, continuous, labels, cfg1=1.0, temperature1=1.0, top_k=0, top_p=1.0,
-             cfg2=1.0, temperature2=1.0, steps=64, diffusion_steps=100, generator=None):
+             cfg2=1.0, temperature2=1.0, steps=64, diffusion_steps=100, clip=math.inf, generator=None):
     """labels (B,) -> codes (B,N) of stage 1 and latents (B,N,C) of stage 2, which is told those codes.
 
-    Settings ending in 1 are stage 1's, those in 2 stage 2's; `steps` counts token steps of stage 2.
+    Settings ending in 1 are stage 1's, those in 2 stage 2's; `steps` counts token steps of stage 2. Either generator may be
+    None (LlamaGen or MAR alone); what it would have made is then None too.
     """
-    codes = discrete.generate(labels, cfg1, temperature1, top_k, top_p, generator)
-    latents = continuous.generate(labels, codes, steps, cfg2, temperature2, diffusion_steps, generator)
+    codes = latents = None
+    if discrete is not None:
+        codes = discrete.generate(labels, cfg1, temperature1, top_k, top_p, generator)
+    if continuous is not None:
+        latents = continuous.generate(labels, codes, steps, cfg2, temperature2, diffusion_steps, clip, generator)
     return codes, latents
 
 
@@ -634,7 +640,7 @@ def imagenet_preset(stage1, stage2, cfg2):
         size=256, vq=None, kl=None, fusion="qformer", stage1=stage1, stage2=stage2,
         train={1: dict(steps=1_500_000, batch_size=256, lr=1e-4, warmup=0, decay="constant", weight_decay=0.05, clip=1.0, ema=0.9999),
                2: dict(steps=500_000, batch_size=2048, lr=8e-4, warmup=62_500, decay="constant", weight_decay=0.02, clip=3.0, ema=0.9999)},
-        sample=dict(cfg1=2.0, temperature1=1.0, cfg2=cfg2, temperature2=1.0, steps=64, diffusion_steps=100, batch_size=32))
+        sample=dict(cfg1=2.0, temperature1=1.0, cfg2=cfg2, temperature2=1.0, steps=64, diffusion_steps=100, clip=math.inf, batch_size=32))
 
 
 # Small tokenizers work on patches with a linear skip around the network: at 32 pixels that is 30 times cheaper than
@@ -650,7 +656,7 @@ PRESETS = {
         train={0: dict(steps=800, batch_size=64, lr=3e-3, warmup=50, decay="cosine", weight_decay=0.0, clip=1.0, ema=0.99),
                1: dict(steps=2000, batch_size=64, lr=3e-3, warmup=100, decay="cosine", weight_decay=0.05, clip=1.0, ema=0.99),
                2: dict(steps=3000, batch_size=64, lr=2e-3, warmup=100, decay="cosine", weight_decay=0.02, clip=1.0, ema=0.99)},
-        sample=dict(cfg1=3.0, temperature1=0.8, cfg2=2.0, temperature2=1.0, steps=8, diffusion_steps=50, batch_size=100)),
+        sample=dict(cfg1=3.0, temperature1=0.8, cfg2=2.0, temperature2=1.0, steps=8, diffusion_steps=50, clip=5.0, batch_size=100)),
     "cifar": dict(
         size=32, fusion="cross",
         vq=dict(z_channels=128, width=128, multipliers=(1, 2), patch=2, codebook_size=1024, code_dim=8, **SMALL),
@@ -660,7 +666,7 @@ PRESETS = {
         train={0: dict(steps=10_000, batch_size=128, lr=1e-3, warmup=200, decay="cosine", weight_decay=0.0, clip=1.0, ema=0.999),
                1: dict(steps=30_000, batch_size=256, lr=1e-3, warmup=500, decay="cosine", weight_decay=0.05, clip=1.0, ema=0.9995),
                2: dict(steps=40_000, batch_size=256, lr=8e-4, warmup=500, decay="cosine", weight_decay=0.02, clip=1.0, ema=0.9995)},
-        sample=dict(cfg1=1.5, temperature1=1.0, cfg2=2.0, temperature2=1.0, steps=16, diffusion_steps=50, batch_size=256)),
+        sample=dict(cfg1=1.5, temperature1=1.0, cfg2=2.0, temperature2=1.0, steps=16, diffusion_steps=50, clip=5.0, batch_size=256)),
     "B": imagenet_preset(dict(width=768, depth=12, num_heads=12),
                          dict(width=768, encoder_depth=12, decoder_depth=12, num_heads=12, head_depth=6, head_width=1024), 2.9),
     "L": imagenet_preset(dict(width=1024, depth=24, num_heads=16),

@@ -2,7 +2,7 @@
 
     python sample.py                                       demo: a labelled grid, coarse row above fine row
     python sample.py --classes star heart --num 20 --cfg2 3 --steps 16
-    torchrun --nproc_per_node=8 sample.py --run runs/B --num 50000 --out samples.npz       for fid.py: arr_0, uint8 NHWC
+    torchrun --nproc_per_node=8 -- sample.py --run runs/B --num 50000 --out samples.npz       for fid.py: arr_0, uint8 NHWC
     python sample.py --vq vq_ds16_c2i.pt --stage1 c2i_B_256.pt --out llamagen.png          published weights alone:
     python sample.py --kl kl16.ckpt --stage2 mar_base/checkpoint-last.pth --out mar.png    LlamaGen, and MAR
     python sample.py --reconstruct photo.jpg               what each tokenizer keeps: original, VQ, KL
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from d2c import PRESETS, ContinuousConfig, ContinuousGenerator, DiscreteConfig, DiscreteGenerator
+from d2c import PRESETS, ContinuousConfig, ContinuousGenerator, DiscreteConfig, DiscreteGenerator, generate
 from tokenizers import (KL16_SCALE, InputError, KLTokenizer, Parser, Processes, VQTokenizer, autocast, clock, load_published,
                         load_tokenizers, read_checkpoint, read_image, seed_of, to_float, to_map, to_uint8)
 
@@ -84,7 +84,7 @@ class Pipeline:
         self.classes = self.classes or [str(label) for label in range(self.num_classes)]
         preset = (run2 or run1 or {}).get("preset", "B")
         self.settings = dict(PRESETS[preset]["sample"])
-        for name in self.settings:
+        for name in ("cfg1", "temperature1", "top_k", "top_p", "cfg2", "temperature2", "steps", "diffusion_steps", "batch_size"):
             if getattr(args, name) is not None:
                 self.settings[name] = getattr(args, name)
         places = math.prod(self.grid)
@@ -96,13 +96,13 @@ class Pipeline:
     @torch.no_grad()
     def pictures(self, labels, generator, dtype):
         """labels (B,) -> [coarse and fine pictures, as far as there are models], each uint8 (B,S,S,3)."""
-        s, codes, made = self.settings, None, []
+        settings = {name: value for name, value in self.settings.items() if name != "batch_size"}
+        made = []
         with autocast(self.device, dtype):
-            if self.discrete:
-                codes = self.discrete.generate(labels, s["cfg1"], s["temperature1"], s.get("top_k", 0), s.get("top_p", 1.0), generator)
+            codes, latents = generate(self.discrete, self.continuous, labels, generator=generator, **settings)
+            if codes is not None:
                 made.append(self.vq.decode(codes.unflatten(1, tuple(self.grid))))             # (B,3,S,S)
-            if self.continuous:
-                latents = self.continuous.generate(labels, codes, s["steps"], s["cfg2"], s["temperature2"], s["diffusion_steps"], generator)
+            if latents is not None:
                 made.append(self.kl.decode(to_map(latents, self.grid) / self.kl.scale))       # (B,3,S,S)
         return [to_uint8(images).cpu().numpy() for images in made]
 

@@ -323,6 +323,8 @@ class Tokenizers(nn.Module):
 def make_tokenizers(args, preset, images, processes):
     """The run's tokenizers: published ones (--vq, --kl), or trained here. Writes tokenizers.pt."""
     path = Path(args.out) / "tokenizers.pt"
+    if path.exists() and not args.vq and not retrain_wanted(args):
+        return load_tokenizers(path, processes.device)[:2]  # only the cache was missing
     if args.vq and args.kl:
         vq = load_published(VQTokenizer.from_published, args.vq).to(processes.device).eval()
         kl = load_published(KLTokenizer.from_published, args.kl).to(processes.device).eval()
@@ -354,8 +356,8 @@ def data_name(data):
 
 def stage0(args, preset, processes):
     """Tokenizers and token cache, each unless it is there."""
-    out, cache = Path(args.out), Path(args.out) / "tokens"
-    if (cache / "meta.json").exists() and not retrain_wanted(args, out):
+    cache = Path(args.out) / "tokens"
+    if (cache / "meta.json").exists() and not retrain_wanted(args):
         meta = TokenCache(cache).meta
         if args.data and meta["data"] != data_name(args.data):
             raise InputError(f"{cache}: made from {meta['data']}, not from --data {args.data}; choose another --out")
@@ -375,8 +377,9 @@ def stage0(args, preset, processes):
                   workers=args.workers or 0)
 
 
-def retrain_wanted(args, out):
+def retrain_wanted(args):
     """`--stage 0 --steps MORE` trains existing tokenizers further, unless weights already build on their tokens."""
+    out = Path(args.out)
     if args.stage != 0 or not args.steps or not (out / "stage0.pt").exists():
         return False
     if args.steps <= read_checkpoint(out / "stage0.pt").get("step", 0):

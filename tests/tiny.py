@@ -19,7 +19,7 @@ PRESETS["tiny"] = dict(
     stage1=dict(width=32, depth=1, num_heads=2, dropout=0.0),
     stage2=dict(width=32, encoder_depth=1, decoder_depth=1, num_heads=2, buffer_size=2, head_depth=1, head_width=32, dropout=0.0),
     train={0: dict(steps=6, **TRAIN), 1: dict(steps=6, **TRAIN), 2: dict(steps=6, **TRAIN)},
-    sample=dict(cfg1=2.0, temperature1=1.0, cfg2=2.0, temperature2=1.0, steps=4, diffusion_steps=5, batch_size=8))
+    sample=dict(cfg1=2.0, temperature1=1.0, cfg2=2.0, temperature2=1.0, steps=4, diffusion_steps=5, clip=5.0, batch_size=8))
 
 if __name__ == "__main__":
     torch.set_num_threads(1)

@@ -1,0 +1,444 @@
+"""train.py and sample.py as a user meets them: resuming, processes, seeds, and what they say to bad input."""
+import hashlib
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import d2c
+import sample
+import train
+from tokenizers import TokenCache
+
+TINY = Path(__file__).parent / "tiny.py"
+
+
+def load(path):
+    return torch.load(path, weights_only=True)
+
+
+def same(a, b):
+    """Two nested checkpoints, equal to the last bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def contents(folder):
+    return {path.relative_to(folder): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in sorted(Path(folder).rglob("*")) if path.is_file()}
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+@pytest.fixture
+def arguments(data, tmp_path):
+    return ["--preset", "tiny", "--data", str(data), "--out", str(tmp_path / "run"), "--steps", "30", "--save-every", "5"]
+
+
+# Training ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_holds_what_it_should(finished):
+    assert {path.name for path in finished.iterdir()} == {
+        "tokenizers.pt", "tokens", "stage0.pt", "stage0.csv", "stage1.pt", "stage1.csv", "stage2.pt", "stage2.csv"}
+    cache = TokenCache(finished / "tokens")
+    assert cache.codes.shape == (2, 120, 16) and cache.moments.shape == (2, 120, 16, 8)
+    assert cache.meta["classes"] == [str(i) for i in range(10)] and cache.labels.tolist() == [i % 10 for i in range(120)]
+    rows = [line.split(",") for line in (finished / "stage1.csv").read_text().split()]
+    assert rows[0] == train.LOG_COLUMNS and [int(row[0]) for row in rows[1:]] == list(range(1, 31))
+
+
+def test_scale_brings_latents_to_unit_variance(finished):
+    cache = TokenCache(finished / "tokens")
+    mean, log_variance = np.split(cache.moments[0].astype(np.float64), 2, axis=-1)
+    std = np.sqrt(mean.var() + np.exp(log_variance).mean())
+    assert abs(std * cache.meta["scale"] - 1) < 0.05
+
+
+def test_losses_fall(finished):
+    for stage in (0, 1):
+        rows = np.loadtxt(finished / f"stage{stage}.csv", delimiter=",", skiprows=1)
+        assert rows[-1, 2] < rows[0, 2] - 0.005  # validation
+
+
+def test_a_finished_run_says_so_and_more_steps_continue(run, data, capsys):
+    command = ["--preset", "tiny", "--data", str(data), "--out", str(run)]
+    before = contents(run)
+    train.main([*command, "--steps", "30"])
+    said = capsys.readouterr().out
+    assert said.count(": finished (") == 3 and contents(run) == before
+    train.main([*command, "--stage", "1", "--steps", "33"])
+    assert "resuming" in capsys.readouterr().out
+    assert load(run / "stage1.pt")["step"] == 33
+
+
+def test_stage_2_alone_builds_the_cache_it_needs(arguments, capsys):
+    train.main([*arguments[:-4], "--stage", "2", "--steps", "3"])
+    said = capsys.readouterr().out
+    assert "needs the token cache" in said and "stage 2  step 3/3" in said and "stage 1" not in said
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_save_and_say_how_to_go_on(finished, arguments, number, monkeypatch, capsys):
+    """In stage 1, in the middle of step 12; and the resumed run ends as an undisturbed one."""
+    read = train.read_codes
+
+    def read_and_interrupt(cache, chosen, part, generator):
+        if read_and_interrupt.left == 0:
+            os.kill(os.getpid(), number)
+        read_and_interrupt.left -= 1
+        return read(cache, chosen, part, generator)
+
+    read_and_interrupt.left = 22  # every step is logged here, and every log line reads a validation batch
+    monkeypatch.setattr(train, "read_codes", read_and_interrupt)
+    with pytest.raises(SystemExit) as stop:
+        train.main(arguments)
+    assert stop.value.code == 128 + number and "run the same command again" in capsys.readouterr().out
+    stopped = load(Path(arguments[5]) / "stage1.pt")["step"]
+    assert 5 < stopped < 30 and stopped % 5
+    monkeypatch.undo()
+    train.main(arguments)
+    assert f"resuming {arguments[5]}/stage1.pt at step {stopped} of 30" in capsys.readouterr().out
+    for name in ("stage1.pt", "stage2.pt"):
+        assert same(load(Path(arguments[5]) / name)["ema"], load(finished / name)["ema"])
+
+
+def test_killed_runs_resume_bit_for_bit(finished, arguments, capsys):
+    """SIGKILL in stages 0, 1 and 2; each restart goes on above step zero, and the end is that of an undisturbed run."""
+    out = Path(arguments[5])
+    for stage in (0, 1, 2):
+        process = subprocess.Popen([sys.executable, TINY, "train", *arguments], stdout=subprocess.PIPE, text=True)
+        deadline = time.time() + 120
+        while not (out / f"stage{stage}.pt").exists():
+            assert process.poll() is None and time.time() < deadline
+            time.sleep(0.002)
+        process.kill()
+        said = process.communicate()[0]
+        assert process.returncode == -signal.SIGKILL
+        if stage > 0:
+            assert f"resuming {out}/stage{stage - 1}.pt at step" in said and "at step 0" not in said
+        assert 0 < load(out / f"stage{stage}.pt")["step"] < 30
+    train.main(arguments)
+    assert f"resuming {out}/stage2.pt at step" in capsys.readouterr().out
+    for name in ("stage1.pt", "stage2.pt", "stage0.pt"):
+        mine, undisturbed = load(out / name), load(finished / name)
+        for part in ("model", "ema", "optimizer", "step"):
+            assert same(mine[part], undisturbed[part]), (name, part)
+    assert same(load(out / "tokenizers.pt"), load(finished / "tokenizers.pt"))
+    for name in ("codes.npy", "moments.npy", "labels.npy"):
+        assert (out / "tokens" / name).read_bytes() == (finished / "tokens" / name).read_bytes()
+
+
+def test_two_processes_train_and_sample_as_one(finished, arguments, tmp_path):
+    """The same draws, dealt out: losses equal up to rounding; pictures, from the same weights, exactly."""
+    def torchrun(*command):
+        subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--", TINY, *command],
+                       check=True, capture_output=True, timeout=300, env=dict(os.environ, OMP_NUM_THREADS="1"))
+
+    torchrun("train", *arguments, "--accumulate", "2")
+    for stage, tolerance in ((0, 1e-3), (1, 1e-3)):
+        one, two = (np.loadtxt(folder / f"stage{stage}.csv", delimiter=",", skiprows=1)
+                    for folder in (finished, Path(arguments[5])))
+        np.testing.assert_allclose(two[:, 1:3], one[:, 1:3], rtol=tolerance, atol=2e-5)
+    settings = ["--run", str(finished), "--num", "20", "--seed", "3"]
+    sample.main([*settings, "--out", str(tmp_path / "one.npz")])
+    torchrun("sample", *settings, "--out", str(tmp_path / "two.npz"))
+    one, two = (np.load(tmp_path / f"{name}.npz", allow_pickle=False)["arr_0"] for name in ("one", "two"))
+    assert np.array_equal(one, two)
+
+
+def test_batches_do_not_depend_on_the_number_of_processes(finished):
+    class Half:
+        size = 2
+
+    cache, indices = TokenCache(finished / "tokens"), np.arange(100)
+    for read in (lambda *a: train.read_codes(cache, *a), lambda *a: train.read_latents(cache, 4, 0.3, *a)):
+        whole = train.Batches(read, indices, 8, 1, 0, train.Processes("cpu"))[7]
+        halves = []
+        for Half.rank in (0, 1):
+            halves.append(train.Batches(read, indices, 8, 1, 0, Half)[7])
+        for x, *parts in zip(whole, *halves):
+            assert torch.equal(x, torch.cat(parts))
+
+
+def test_an_epoch_visits_every_picture_once():
+    batches = train.Batches(lambda chosen, part, generator: chosen, np.arange(50, 90), 8, 1, 0, train.Processes("cpu"))
+    first, second = (np.concatenate([batches[epoch * 5 + k] for k in range(5)]) for epoch in (0, 1))
+    assert sorted(first) == sorted(second) == list(range(50, 90)) and list(first) != list(second)
+
+
+def test_drops_and_code_noise(finished):
+    cache = TokenCache(finished / "tokens")
+    chosen, part = np.arange(120).repeat(40), slice(0, 4800)
+    _, visible, hidden, labels, codes, t, noise = train.read_latents(cache, 4, 0.0, chosen, part, torch.Generator().manual_seed(0))
+    no_class, no_codes = labels < 0, (codes < 0).all(1)
+    assert abs(float(no_class.float().mean()) - 0.1) < 0.02 and abs(float(no_codes.float().mean()) - 0.15) < 0.02
+    assert bool((no_class <= no_codes).all()) and torch.equal((codes < 0).any(1), no_codes)
+    assert torch.equal(torch.cat([visible, hidden], 1).sort(1).values, torch.arange(16).expand(4800, -1))
+    assert hidden.shape[1] >= 12 and t.shape == (4800, hidden.shape[1], 4) and noise.shape == (*t.shape, 4)
+    noisy = train.read_latents(cache, 4, 0.5, chosen, part, torch.Generator().manual_seed(0))[4]
+    kept = codes[:, 0] >= 0
+    share = float((noisy[kept] != codes[kept]).float().mean())
+    assert abs(share - 0.5 * 31 / 32) < 0.02  # one random code in 32 is the right one
+
+
+def test_weight_decay_spares_vectors_and_the_diffusion_head():
+    model = d2c.ContinuousGenerator(d2c.ContinuousConfig(channels=4, num_classes=3, grid=(2, 2), width=8, encoder_depth=1,
+                                                         decoder_depth=1, num_heads=1, head_depth=1, head_width=8))
+    decayed, free = train.parameter_groups(model, 0.02)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert decayed["weight_decay"] == 0.02 and free["weight_decay"] == 0
+    assert all(p.ndim >= 2 and not names[id(p)].startswith("diffloss") for p in decayed["params"])
+    assert len(decayed["params"]) + len(free["params"]) == len(names)
+
+
+def test_learning_rate():
+    rates = [train.learning_rate(step, 100, 1.0, 10, "cosine") for step in range(100)]
+    assert rates[0] == 0.1 and rates[10] == 1.0 and rates[99] < 1e-3 and rates[55] == pytest.approx(0.5)
+    assert train.learning_rate(99, 100, 1.0, 10, "constant") == 1.0
+
+
+def test_published_weights_start_a_stage(run, data, tmp_path, capsys):
+    """--init with MAR's layout into a model with fusion, from a file of MAR's form."""
+    file = load(run / "stage2.pt")
+    mar = {key: value for key, value in file["ema"].items() if not key.startswith(("fusion", "code_embedding", "null_code"))}
+    torch.save({"model": {key: value + 1 for key, value in mar.items()}, "model_ema": mar}, tmp_path / "mar.pth")
+    (run / "stage2.pt").unlink()
+    command = ["--preset", "tiny", "--out", str(run), "--stage", "2", "--steps", "1", "--lr", "1e-12", "--fusion", "qformer"]
+    train.main([*command, "--init", str(tmp_path / "mar.pth")])
+    assert "starting from" in capsys.readouterr().out
+    started = load(run / "stage2.pt")["model"]
+    for key, value in mar.items():
+        torch.testing.assert_close(started[key], value, atol=1e-6, rtol=0)
+    assert not started["fusion.out.weight"].abs().max() > 1e-6
+
+
+# Sampling ------------------------------------------------------------------------------------------------------------
+
+
+def test_grid_and_npz(finished, tmp_path):
+    sample.main(["--run", str(finished), "--classes", "3", "1,7", "--num", "6", "--out", str(tmp_path / "grid.png")])
+    with Image.open(tmp_path / "grid.png") as image:
+        assert image.width > 3 * 96 and image.height > 4 * 96
+    sample.main(["--run", str(finished), "--num", "23", "--out", str(tmp_path / "a.npz")])
+    with np.load(tmp_path / "a.npz", allow_pickle=False) as file:
+        assert file.files == ["arr_0"] and file["arr_0"].shape == (23, 16, 16, 3) and file["arr_0"].dtype == np.uint8
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.npz", "grid.png"]  # nothing temporary stays
+
+
+def test_seed_and_settings_decide_the_pictures(finished, tmp_path):
+    def pictures(*settings):
+        sample.main(["--run", str(finished), "--num", "10", "--out", str(tmp_path / "a.npz"), *settings])
+        return np.load(tmp_path / "a.npz", allow_pickle=False)["arr_0"]
+
+    base = pictures("--seed", "1")
+    assert np.array_equal(base, pictures("--seed", "1"))
+    for settings in (["--seed", "2"], ["--cfg2", "4"], ["--steps", "2"], ["--raw"], ["--temperature2", "0.5"]):
+        assert not np.array_equal(base, pictures("--seed", "1", *settings)), settings
+
+
+def test_reconstruct(finished, tmp_path):
+    Image.fromarray(np.zeros((40, 60, 3), np.uint8)).save(tmp_path / "black.png")
+    sample.main(["--run", str(finished), "--reconstruct", str(tmp_path / "black.png"), "--out", str(tmp_path / "r.png")])
+    assert (tmp_path / "r.png").exists()
+
+
+# Bad input -----------------------------------------------------------------------------------------------------------
+
+
+def refused(main, arguments, capsys, *words):
+    """main(arguments) must end with status 2 and one line on stderr that holds all the words."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main([str(argument) for argument in arguments])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and len(error.strip().splitlines()) == 1, error
+    for word in words:
+        assert str(word) in error, error
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:len(path.read_bytes()) // 2])
+
+
+def test_bad_sampling(run, tmp_path, capsys):
+    before, base = contents(run), ["--run", run]
+    refused(sample.main, [*base, "--classes", "unicorn"], capsys, "unicorn", "0 to 9")
+    refused(sample.main, [*base, "--classes", "10"], capsys, "--classes 10")
+    refused(sample.main, [*base, "--steps", "17"], capsys, "--steps 17", "16")
+    refused(sample.main, [*base, "--diffusion-steps", "1001"], capsys, "1000")
+    refused(sample.main, [*base, "--num", "0"], capsys, "--num")
+    refused(sample.main, [*base, "--top-p", "0"], capsys, "--top-p")
+    refused(sample.main, [*base, "--out", tmp_path / "a.gif"], capsys, "a.gif", ".png")
+    (tmp_path / "file").write_text("")
+    refused(sample.main, [*base, "--out", tmp_path / "file" / "a.png"], capsys, "--out", "cannot be written")
+    refused(sample.main, ["--run", tmp_path / "nothing"], capsys, "tokenizers.pt", "--stage 0")
+    refused(sample.main, ["--stage2", run / "stage2.pt"], capsys, "--kl")
+    refused(sample.main, [*base, "--reconstruct", tmp_path / "file"], capsys, "not a readable image")
+    assert contents(run) == before
+
+
+@pytest.mark.parametrize("name, stage", [("tokenizers.pt", 0), ("stage1.pt", 1), ("stage2.pt", 2)])
+def test_missing_damaged_and_foreign_checkpoints(run, data, tmp_path, name, stage, capsys):
+    command = ["--preset", "tiny", "--out", run, "--stage", stage, "--steps", "40"]
+    original = (run / name).read_bytes()
+    (run / name).unlink()
+    refused(sample.main, ["--run", run], capsys, name, f"--stage {stage}")
+    for content in (original[:len(original) // 2], b"", b"not a checkpoint"):
+        (run / name).write_bytes(content)
+        refused(sample.main, ["--run", run], capsys, name)
+        if stage:
+            refused(train.main, command, capsys, name)
+        assert (run / name).read_bytes() == content
+    torch.save({"weights": torch.ones(3)}, run / name)
+    refused(sample.main, ["--run", run], capsys, name)
+    if stage:
+        refused(train.main, command, capsys, name)
+
+
+def test_a_stage_in_the_place_of_another(run, capsys):
+    shutil.copy(run / "stage2.pt", run / "stage1.pt")
+    refused(sample.main, ["--run", run], capsys, "stage1.pt", "holds stage 2")
+
+
+def test_stages_of_different_tokens(run, capsys):
+    file = load(run / "stage1.pt")
+    file["run"]["tokens"] = "00000000"
+    torch.save(file, run / "stage1.pt")
+    refused(sample.main, ["--run", run], capsys, "different tokens")
+    refused(train.main, ["--preset", "tiny", "--out", run, "--stage", "1", "--steps", "40"], capsys, "tokens 00000000")
+
+
+def test_what_changes_the_meaning_of_a_run_must_match(run, data, capsys):
+    before, base = contents(run), ["--preset", "tiny", "--data", data, "--out", run, "--steps", "40"]
+    refused(train.main, ["--preset", "demo", "--out", run], capsys, "preset tiny, not demo", "--out")
+    refused(train.main, [*base, "--seed", "1", "--stage", "1"], capsys, "seed 0", "seed 1")
+    refused(train.main, [*base, "--batch-size", "4", "--stage", "2"], capsys, "batch_size 8", "batch_size 4")
+    refused(train.main, [*base, "--fusion", "none", "--stage", "2"], capsys, "fusion cross", "fusion none")
+    refused(train.main, [*base, "--data", "shapes", "--stage", "1"], capsys, "shapes")
+    refused(train.main, [*base, "--stage", "0"], capsys, "stage1.pt useless")
+    assert contents(run) == before
+
+
+def test_bad_flags(tmp_path, capsys):
+    base = ["--preset", "tiny", "--out", tmp_path / "run"]
+    refused(train.main, ["--preset", "giant"], capsys, "giant", "demo")
+    refused(train.main, ["--nonsense"], capsys, "--nonsense")
+    refused(train.main, [*base], capsys, "preset tiny needs --data")
+    refused(train.main, ["--preset", "B", "--data", "shapes", "--out", tmp_path / "run"], capsys, "--vq FILE and --kl FILE")
+    refused(train.main, [*base, "--data", "shapes", "--vq", "a.pt"], capsys, "--vq and --kl")
+    refused(train.main, [*base, "--data", "shapes", "--batch-size", "7", "--accumulate", "2"], capsys, "divisible")
+    refused(train.main, [*base, "--init", "a.pt"], capsys, "--init needs --stage")
+    refused(train.main, [*base, "--steps", "0"], capsys, "--steps")
+    refused(train.main, [*base, "--code-noise", "2"], capsys, "--code-noise")
+    if not torch.cuda.is_available():
+        for main in (train.main, sample.main):
+            refused(main, ["--device", "cuda"], capsys, "--device cuda")
+    (tmp_path / "file").write_text("kept")
+    refused(train.main, ["--preset", "tiny", "--data", "shapes", "--out", tmp_path / "file"], capsys, "--out", "file")
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_bad_data(tmp_path, capsys):
+    def refuse(path, *words):
+        refused(train.main, ["--preset", "tiny", "--data", path, "--out", tmp_path / "run"], capsys, *words)
+        assert not (tmp_path / "run" / "tokenizers.pt").exists()
+
+    def npz(**arrays):
+        np.savez(tmp_path / "a.npz", **arrays)
+        return tmp_path / "a.npz"
+
+    images, labels = np.zeros((4, 16, 16, 3), np.uint8), np.arange(4)
+    refuse(tmp_path / "missing", "no such folder or file")
+    refuse(npz(pictures=images, labels=labels), "images and labels")
+    refuse(npz(images=images.astype(np.float32), labels=labels), "uint8", "float32")
+    refuse(npz(images=images[..., 0], labels=labels), "(N,H,W,3)")
+    refuse(npz(images=images, labels=labels[:3]), "labels")
+    refuse(npz(images=images, labels=labels - 1), "labels from 0")
+    refuse(npz(images=images, labels=np.array([[0, 1, 2, 3]])), "labels")
+    refuse(npz(images=np.array([{}] * 4), labels=labels), "not a readable .npz")
+    truncate(npz(images=images, labels=labels))
+    refuse(tmp_path / "a.npz", "not a readable .npz")
+    (tmp_path / "folder").mkdir()
+    refuse(tmp_path / "folder", "no class folders")
+    (tmp_path / "folder" / "cat").mkdir()
+    refuse(tmp_path / "folder", "hold no images")
+    (tmp_path / "folder" / "cat" / "broken.png").write_bytes(b"no picture")
+    refuse(tmp_path / "folder", "broken.png", "not a readable image")
+
+
+def test_unequal_token_grids(tmp_path, data, monkeypatch, capsys):
+    preset = dict(d2c.PRESETS["tiny"], vq=dict(d2c.PRESETS["tiny"]["vq"], patch=8))
+    monkeypatch.setitem(d2c.PRESETS, "tiny", preset)
+    refused(train.main, ["--preset", "tiny", "--data", data, "--out", tmp_path / "run"], capsys, "(2, 2)", "(4, 4)", "differ")
+    assert not (tmp_path / "run" / "tokens" / "meta.json").exists()
+
+
+def test_half_a_token_cache(run, data, capsys):
+    command = ["--preset", "tiny", "--data", data, "--out", run, "--stage", "1", "--steps", "40"]
+    whole = contents(run / "tokens")
+    truncate(run / "tokens" / "moments.npy")
+    refused(train.main, command, capsys, "tokens", "--stage 0")
+    (run / "tokens" / "meta.json").unlink()  # as if encoding had been cut off: it is simply done again
+    train.main([str(x) for x in command])
+    assert contents(run / "tokens") == whole
+    meta = json.loads((run / "tokens" / "meta.json").read_text())
+    (run / "tokens" / "meta.json").write_text(json.dumps(dict(meta, count=7)))
+    refused(train.main, command, capsys, "do not fit meta.json")
+
+
+def test_published_files_that_do_not_fit(run, tmp_path, capsys):
+    """Missing, extra, misshapen keys; other people's pickles; and nothing is run from them."""
+    state = load(run / "stage1.pt")["ema"]
+    command = ["--preset", "tiny", "--out", run, "--stage", "1", "--init", tmp_path / "init.pt"]
+    (run / "stage1.pt").unlink()
+    before = contents(run)
+
+    def refuse(content, *words):
+        torch.save(content, tmp_path / "init.pt")
+        refused(train.main, command, capsys, "init.pt", *words)
+        assert contents(run) == before
+
+    refuse({"model": {key: value for key, value in state.items() if key != "norm.weight"}}, "norm.weight")
+    refuse({"model": dict(state, surplus=torch.ones(1))}, "surplus")
+    refuse({"model": dict(state, **{"norm.weight": torch.ones(5)})}, "norm.weight")
+    refuse({"model": {}}, "no state dict")
+    refuse([state], "list")
+    (tmp_path / "init.pt").write_bytes(pickle.dumps(Bomb(tmp_path / "fallen")))
+    refused(train.main, command, capsys, "init.pt", "not a readable checkpoint")
+    torch.save({"model": state, "args": Bomb(tmp_path / "fallen")}, tmp_path / "init.pt")
+    refused(train.main, command, capsys, "init.pt", "not a readable checkpoint")
+    assert not (tmp_path / "fallen").exists()
+
+
+class Bomb:
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(run, capsys):
+    before = (run / "stage1.pt").read_bytes()
+    refused(train.main, ["--preset", "tiny", "--out", run, "--stage", "1", "--steps", "40", "--lr", "1e30"], capsys,
+            "not finite at step 3", "learning rate", "--lr", "is kept")
+    assert (run / "stage1.pt").read_bytes() == before
