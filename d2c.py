@@ -1,7 +1,10 @@
 """The two generators of D2C and the way from a class label to tokens (arXiv 2503.17155).
 
-    p(image | class)  ~  p(codes | class)  *  p(latents | class, codes)
-                         stage 1              stage 2
+    p(codes, latents | class)  =  p(codes | class)  *  p(latents | class, codes)          picture = KL decoder(latents)
+                                  stage 1              stage 2
+
+What is told of the D2C paper in the text known to us is only this and the two fusion modules; both stages are built on the
+public systems that it extends.
 
 DiscreteGenerator (stage 1) is LlamaGen's decoder-only transformer (arXiv 2406.06525). It writes the picture as a row of
 codes, after a class token:
@@ -17,8 +20,11 @@ noise into the latent at that place. Places are drawn in random order, several a
 
 With fusion="none" it is MAR itself, under MAR's parameter names; codes come in through `fusion.py`.
 
-A label of -1 stands for "no class", codes of -1 for "no codes": both generators train on some of these, and guidance
-(Ho & Salimans 2022) extrapolates from that prediction to the conditional one.
+A label of -1 stands for "no class", codes of -1 for "no codes". Stage 1 trains on some samples without class, stage 2 on some
+without class and codes; classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598) extrapolates from that
+unconditional prediction through the conditional one: uncond + cfg_scale * (cond - uncond).
+
+Shapes: B pictures, N = h*w places, D width, C latent channels; M rows in the diffusion part (one per token and noise level).
 
 Reading order: stage 1, diffusion, stage 2, the whole pipeline, presets.
 """
@@ -52,14 +58,14 @@ class DiscreteConfig:
     dropout: float = 0.1
 
 
-def rotary_table(grid, head_dim, base=10000.0):
+def rotary_table(grid, head_dim):
     """Angles of the 2-D rotary positions as (cos, sin): (1 + h*w, head_dim/2, 2).
 
     A head is head_dim/2 pairs of numbers. The first half of the pairs turns with the row, the second with the column
     (LlamaGen's `precompute_freqs_cis_2d`). Row 0 belongs to the class token and is all zero: its key and query vanish,
-    so every code gives it the same logit 0. An oddity of the published models that must be kept to match them.
+    so every code gives it the same attention score, 0. An oddity of the published models that must be kept to match them.
     """
-    frequencies = base ** (-torch.arange(0, head_dim // 2, 2).float() / (head_dim // 2))      # (head_dim/4,)
+    frequencies = 10000.0 ** (-torch.arange(0, head_dim // 2, 2).float() / (head_dim // 2))      # (head_dim/4,)
     rows, columns = torch.meshgrid(*(torch.arange(n).float() for n in grid), indexing="ij")
     angles = torch.cat([place.flatten()[:, None] * frequencies for place in (rows, columns)], 1)  # (h*w, head_dim/2)
     table = torch.stack([angles.cos(), angles.sin()], -1)                                     # (h*w, head_dim/2, 2)
@@ -188,10 +194,10 @@ class DiscreteGenerator(nn.Module):
     def generate(self, labels, cfg_scale=1.0, temperature=1.0, top_k=0, top_p=1.0, generator=None, cfg_interval=-1):
         """labels (B,) -> codes (B,N), sampled one by one through a cache of keys and values.
 
-        cfg_scale > 1 guides: logits = uncond + cfg_scale (cond - uncond); with cfg_interval = k >= 0 only for the first
-        k + 2 codes. temperature 0 takes the likeliest code. top_k 0 and top_p 1 keep all codes.
+        cfg_scale 1 is no guidance; with cfg_interval = k >= 0 only the first k + 2 codes are guided (LlamaGen counts from
+        the second code, and includes k). temperature 0 takes the likeliest code. top_k 0 and top_p 1 keep all codes.
         """
-        guided, batch, device = cfg_scale > 1, len(labels), labels.device
+        guided, batch, device = cfg_scale != 1, len(labels), labels.device
         number = math.prod(self.config.grid)
         if guided:
             labels = torch.cat([labels, torch.full_like(labels, -1)])                         # (2B,)
@@ -215,7 +221,7 @@ class DiscreteGenerator(nn.Module):
 
 def sample_code(logits, temperature, top_k, top_p, generator):
     """Draw one code per row of logits (B,K) -> (B,)."""
-    if temperature == 0:
+    if temperature < 1e-4:  # dividing by less would overflow
         return logits.argmax(-1)
     logits = logits / temperature
     if top_k > 0:
@@ -237,7 +243,7 @@ def count_blocks(state, name):
 
 
 def run_block(block, x, *others, checkpointing):
-    """block(x, *others), keeping only its input for the backward pass when `checkpointing` while training."""
+    """block(x, *others); with `checkpointing` only its input is kept, and the rest computed again in the backward pass."""
     if checkpointing and torch.is_grad_enabled():
         return checkpoint(block, x, *others, use_reentrant=False)
     return block(x, *others)
@@ -248,24 +254,26 @@ def run_block(block, x, *others, checkpointing):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@torch.compiler.disable  # traced, its float64 arithmetic would come out in float32
 @functools.lru_cache(maxsize=32)
 def diffusion_schedule(steps=1000, device=torch.device("cpu"), dtype=torch.float32):
     """Tables over the `steps` kept of 1000 noise levels (index 0: least noise), computed in float64.
 
-    a_t is the share of signal left (alpha-bar, cosine schedule); the reverse step from x_t has the posterior
-    q(x_t-1 | x_t, x_0) = N(x0_weight x_0 + xt_weight x_t, exp(log_posterior)).
+    a_t is the signal's share of the variance (alpha-bar, cosine schedule); the reverse step from x_t has the posterior
+    q(x_t-1 | x_t, x_0) = N(x0_weight x_0 + xt_weight x_t, exp(log_posterior)); index 0,
+    whose variance is zero, repeats the log of index 1. Cached, so that a sampling loop finds them on its device.
     Raises ValueError for steps outside 2..1000.
     """
     if not 2 <= steps <= 1000:
         raise ValueError(f"diffusion steps must lie in 2..1000, not {steps}")
-    signal = np.cos((np.arange(1001) / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2
-    a = np.cumprod(1 - np.minimum(1 - signal[1:] / signal[:-1], 0.999))
+    cosine = np.cos((np.arange(1001) / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2
+    a = np.cumprod(1 - np.minimum(1 - cosine[1:] / cosine[:-1], 0.999))
     timesteps = np.array([round(i * 999 / (steps - 1)) for i in range(steps)])
     a = a[timesteps]
     before = np.append(1.0, a[:-1])
     beta = 1 - a / before
     posterior = beta * (1 - before) / (1 - a)
-    posterior[0] = posterior[1]  # zero otherwise: no logarithm
+    posterior[0] = posterior[1]
     tables = dict(signal=np.sqrt(a), noise=np.sqrt(1 - a), recip_signal=np.sqrt(1 / a), recip_noise=np.sqrt(1 / a - 1),
                   x0_weight=beta * np.sqrt(before) / (1 - a), xt_weight=(1 - before) * np.sqrt(1 - beta) / (1 - a),
                   log_beta=np.log(beta), log_posterior=np.log(posterior))
@@ -338,28 +346,29 @@ class Denoiser(nn.Module):
         return self.final_layer(x, y)                                                         # (M,2C)
 
 
-def posterior_step(x, eps, fraction, tables, t, clip=math.inf):
-    """Mean and log-variance (M,C) of the reverse step from x at table index t, given the predicted noise; the estimate of
-    x0 that lies between is kept within +-clip.
+def posterior_step(x, eps, fraction, tables, index, clip=math.inf):
+    """Mean and log-variance (M,C) of the reverse step from x at table index `index`, given the noise eps in it; the
+    estimate of x0 that eps implies is kept within +-clip.
 
     fraction in about [-1,1] interpolates the log-variance between its lower and upper bound (Nichol & Dhariwal, eq. 15).
     """
-    x0 = (tables["recip_signal"][t] * x - tables["recip_noise"][t] * eps).clamp(-clip, clip)
+    x0 = (tables["recip_signal"][index] * x - tables["recip_noise"][index] * eps).clamp(-clip, clip)
     share = (fraction + 1) / 2
-    log_variance = share * tables["log_beta"][t] + (1 - share) * tables["log_posterior"][t]
-    return tables["x0_weight"][t] * x0 + tables["xt_weight"][t] * x, log_variance
+    log_variance = share * tables["log_beta"][index] + (1 - share) * tables["log_posterior"][index]
+    return tables["x0_weight"][index] * x0 + tables["xt_weight"][index] * x, log_variance
 
 
 def diffusion_loss(denoiser, x0, t, noise, z):
     """Hybrid loss per row (M,): squared error of the noise, plus the variational bound in bits, which trains the variance
     alone (the mean enters it without gradient). x0, noise (M,C); t (M,) in 0..999; z (M,D). L_hybrid of Nichol & Dhariwal,
-    eq. 16, with weight 1 on the bound as in MAR.
+    eq. 16: weight 1 on one of 1000 terms of the bound is their 0.001 on the sum.
     """
     tables = diffusion_schedule(1000, x0.device, x0.dtype)
     t = t[:, None]                                                                            # (M,1)
     x = tables["signal"][t] * x0 + tables["noise"][t] * noise
     eps, fraction = denoiser(x, t[:, 0], z).to(x0.dtype).chunk(2, dim=-1)                     # (M,C) each
     mean, log_variance = posterior_step(x, eps.detach(), fraction, tables, t)
+    # The same step with the true noise, and the variance at its lower bound, is the true posterior.
     true_mean, true_log_variance = posterior_step(x, noise, torch.full_like(noise, -1), tables, t)
     kl = 0.5 * (log_variance - true_log_variance - 1 + (true_log_variance - log_variance).exp()
                 + (true_mean - mean)**2 * (-log_variance).exp())
@@ -393,12 +402,13 @@ def diffusion_sample(denoiser, z, noise, temperature=1.0, cfg_scale=1.0, steps=1
     guided = len(z) != len(x)
     for i in reversed(range(steps)):
         t = tables["timesteps"][i].expand(len(z))
-        eps, fraction = denoiser(torch.cat([x, x]) if guided else x, t, z).to(x.dtype).chunk(2, dim=-1)
+        with torch.autocast(x.device.type, enabled=False):  # the first step multiplies errors of eps by 300: no bf16 here
+            eps, fraction = denoiser(torch.cat([x, x]) if guided else x, t, z.to(x.dtype)).chunk(2, dim=-1)   # (M or 2M,C)
         if guided:
             cond, uncond = eps.chunk(2)                                                       # (M,C) each
             eps, fraction = uncond + cfg_scale * (cond - uncond), fraction[:len(x)]
         mean, log_variance = posterior_step(x, eps, fraction, tables, i, clip)
-        step_noise = next(noise)[:len(x)]
+        step_noise = next(noise)[:len(x)]  # MAR draws for both halves of a guided batch and uses the first
         x = mean + (0.5 * log_variance).exp() * step_noise * temperature if i > 0 else mean
     return x
 
@@ -438,6 +448,8 @@ class ContinuousGenerator(nn.Module):
 
     def __init__(self, config):
         super().__init__()
+        if config.fusion != "none" and config.codebook_size < 1:
+            raise ValueError("with fusion, codebook_size must be given")
         self.config = config
         width, places = config.width, math.prod(config.grid)
         slots = config.buffer_size + places
@@ -473,8 +485,9 @@ class ContinuousGenerator(nn.Module):
 
     @classmethod
     def from_published(cls, state, num_heads=None):
-        """Build from MAR's weights, strictly; all sizes but the heads (default: 64 wide) are read off the tensors, the
-        grid taken as square. Raises KeyError or RuntimeError naming keys that are missing or extra."""
+        """Build from MAR's weights, strictly; all sizes but the heads are read off the tensors, the grid taken as square.
+        Heads are 64 wide unless given, as in MAR-B and MAR-L; MAR-H has 16 of 80. Raises KeyError or RuntimeError naming
+        keys that are missing or extra."""
         (width, channels), slots = state["z_proj.weight"].shape, state["encoder_pos_embed_learned"].shape[1]
         places = state["diffusion_pos_embed_learned"].shape[1]
         config = ContinuousConfig(
@@ -489,19 +502,22 @@ class ContinuousGenerator(nn.Module):
         return model
 
     def load_published(self, state):
-        """Load MAR's weights into a model of the same sizes; only what fusion adds may be missing, and then starts as
-        if fresh. Raises RuntimeError naming keys."""
+        """Load MAR's weights into a model of the same sizes; all that fusion adds may be missing, and then stays fresh.
+        Raises RuntimeError naming keys."""
+        added = {key for key in self.state_dict() if key.startswith(("fusion.", "code_embedding.", "null_code"))}
+        fresh = added if added.isdisjoint(state) else set()
         missing, extra = self.load_state_dict(state, strict=False)
-        missing = [key for key in missing if not key.startswith(("fusion.", "code_embedding.", "null_code"))]
+        missing = [key for key in missing if key not in fresh]
         if missing or extra:
             raise RuntimeError(f"missing keys {missing[:4]}, unexpected keys {extra[:4]}")
-        if self.config.fusion != "none":
-            self.start_fusion()
+        if self.config.fusion != "none" and fresh:
+            self.start_fusion()  # the queries start on the position table, which has just changed
 
     @torch.no_grad()
     def start_fusion(self, codebook=None):
-        """Start what fusion adds so that codes and latents meet from the first step: queries on the decoder's position
-        table, and near codes near each other by a random linear map of the tokenizer's codebook (K,code_dim)."""
+        """Start what fusion adds so that codes and latents of one place find each other early: queries on the decoder's
+        position table, and, given the tokenizer's codebook (K,code_dim) of unit rows, the embedding of the codes as a
+        random linear map of it, so that near codes start near."""
         if self.config.fusion == "qformer":
             self.fusion.queries.copy_(self.decoder_pos_embed_learned)
         if codebook is not None:
@@ -509,9 +525,12 @@ class ContinuousGenerator(nn.Module):
             self.code_embedding.weight.copy_(codebook @ spread)                               # (K,D)
 
     def prepare(self, codes):
-        """codes (B,N), -1 for no codes -> what the fusion module needs of them; the same for every step of sampling."""
+        """codes (B,N), -1 for no codes -> what the fusion module needs of them; the same for every step of sampling.
+        Raises ValueError when there is fusion and there are no codes."""
         if self.config.fusion == "none":
             return None
+        if codes is None:
+            raise ValueError(f"fusion {self.config.fusion!r} needs codes")
         discrete = self.code_embedding(codes.clamp(min=0))                                    # (B,N,D)
         discrete = torch.where((codes >= 0)[..., None], discrete, self.null_code)
         return self.fusion.prepare(discrete + self.decoder_pos_embed_learned[:, self.config.buffer_size:])
@@ -579,7 +598,7 @@ class ContinuousGenerator(nn.Module):
         latents = torch.zeros(batch, number, channels, device=device)
         remaining = number
         for revealed, step_cfg in token_schedule(number, num_steps, cfg_scale):
-            places = orders[:, remaining - revealed:remaining].sort(1).values                 # (B,r), from the order's end
+            places = orders[:, remaining - revealed:remaining].sort(1).values                 # (B,r): MAR's order of rows
             visible = orders[:, remaining:]                                                   # (B,V)
             remaining -= revealed
             known, seen = (torch.cat([x, x]) if guided else x for x in (latents, visible))
@@ -601,7 +620,7 @@ def token_schedule(num_tokens, num_steps, cfg_scale):
     for step in range(num_steps):
         after = math.floor(num_tokens * math.cos(math.pi / 2 * (step + 1) / num_steps))
         after = max(1, min(hidden - 1, after))  # at least one token now, and one for the last step
-        guidance = 1 + (cfg_scale - 1) * (num_tokens - after) / num_tokens
+        guidance = 1 + (cfg_scale - 1) * (num_tokens - after) / num_tokens  # the last step counts as one still hidden
         revealed = hidden - after if step < num_steps - 1 else hidden
         schedule.append((revealed, guidance))
         hidden -= revealed
@@ -618,7 +637,8 @@ def generate(discrete, continuous, labels, cfg1=1.0, temperature1=1.0, top_k=0, 
              cfg2=1.0, temperature2=1.0, steps=64, diffusion_steps=100, clip=math.inf, generator=None):
     """labels (B,) -> codes (B,N) of stage 1 and latents (B,N,C) of stage 2, which is told those codes.
 
-    Settings ending in 1 are stage 1's, those in 2 stage 2's; `steps` counts token steps of stage 2. Either generator may be
+    Stage 1 takes cfg1, temperature1, top_k, top_p; stage 2 takes cfg2, temperature2, steps (of tokens), diffusion_steps and
+    clip. Either generator may be
     None (LlamaGen or MAR alone); what it would have made is then None too.
     """
     codes = latents = None
@@ -630,7 +650,7 @@ def generate(discrete, continuous, labels, cfg1=1.0, temperature1=1.0, top_k=0, 
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Presets: every default of a run in one place
+# Presets: sizes and settings of a run in one place
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -638,8 +658,8 @@ def imagenet_preset(stage1, stage2, cfg2):
     """ImageNet-256: published tokenizers, the published trunks, the training settings of LlamaGen and MAR."""
     return dict(
         size=256, vq=None, kl=None, fusion="qformer", stage1=stage1, stage2=stage2,
-        train={1: dict(steps=1_500_000, batch_size=256, lr=1e-4, warmup=0, decay="constant", weight_decay=0.05, clip=1.0, ema=0.9999),
-               2: dict(steps=500_000, batch_size=2048, lr=8e-4, warmup=62_500, decay="constant", weight_decay=0.02, clip=3.0, ema=0.9999)},
+        train={1: dict(steps=1_500_000, batch_size=256, lr=1e-4, warmup=0, decay="constant", weight_decay=0.05, grad_clip=1.0, ema=0.9999),
+               2: dict(steps=500_000, batch_size=2048, lr=8e-4, warmup=62_500, decay="constant", weight_decay=0.02, grad_clip=3.0, ema=0.9999)},
         sample=dict(cfg1=2.0, temperature1=1.0, cfg2=cfg2, temperature2=1.0, steps=64, diffusion_steps=100, clip=math.inf, batch_size=32))
 
 
@@ -653,9 +673,9 @@ PRESETS = {
         kl=dict(z_channels=48, width=64, multipliers=(1, 1), patch=4, **SMALL),
         stage1=dict(width=128, depth=4, num_heads=4, dropout=0.0),
         stage2=dict(width=128, encoder_depth=2, decoder_depth=2, num_heads=4, buffer_size=4, head_depth=3, head_width=160, dropout=0.0),
-        train={0: dict(steps=800, batch_size=64, lr=3e-3, warmup=50, decay="cosine", weight_decay=0.0, clip=1.0, ema=0.99),
-               1: dict(steps=2000, batch_size=64, lr=3e-3, warmup=100, decay="cosine", weight_decay=0.05, clip=1.0, ema=0.99),
-               2: dict(steps=3000, batch_size=64, lr=2e-3, warmup=100, decay="cosine", weight_decay=0.02, clip=1.0, ema=0.99)},
+        train={0: dict(steps=800, batch_size=64, lr=3e-3, warmup=50, decay="cosine", weight_decay=0.0, grad_clip=1.0, ema=0.99),
+               1: dict(steps=2000, batch_size=64, lr=3e-3, warmup=100, decay="cosine", weight_decay=0.05, grad_clip=1.0, ema=0.99),
+               2: dict(steps=3000, batch_size=64, lr=2e-3, warmup=100, decay="cosine", weight_decay=0.02, grad_clip=1.0, ema=0.99)},
         sample=dict(cfg1=3.0, temperature1=0.8, cfg2=2.0, temperature2=1.0, steps=8, diffusion_steps=50, clip=5.0, batch_size=100)),
     "cifar": dict(
         size=32, fusion="cross",
@@ -663,9 +683,9 @@ PRESETS = {
         kl=dict(z_channels=16, width=128, multipliers=(1, 2), patch=2, **SMALL),
         stage1=dict(width=384, depth=8, num_heads=6, dropout=0.1),
         stage2=dict(width=384, encoder_depth=6, decoder_depth=6, num_heads=6, buffer_size=16, head_depth=4, head_width=512, dropout=0.1),
-        train={0: dict(steps=10_000, batch_size=128, lr=1e-3, warmup=200, decay="cosine", weight_decay=0.0, clip=1.0, ema=0.999),
-               1: dict(steps=30_000, batch_size=256, lr=1e-3, warmup=500, decay="cosine", weight_decay=0.05, clip=1.0, ema=0.9995),
-               2: dict(steps=40_000, batch_size=256, lr=8e-4, warmup=500, decay="cosine", weight_decay=0.02, clip=1.0, ema=0.9995)},
+        train={0: dict(steps=10_000, batch_size=128, lr=1e-3, warmup=200, decay="cosine", weight_decay=0.0, grad_clip=1.0, ema=0.999),
+               1: dict(steps=30_000, batch_size=256, lr=1e-3, warmup=500, decay="cosine", weight_decay=0.05, grad_clip=1.0, ema=0.9995),
+               2: dict(steps=40_000, batch_size=256, lr=8e-4, warmup=500, decay="cosine", weight_decay=0.02, grad_clip=1.0, ema=0.9995)},
         sample=dict(cfg1=1.5, temperature1=1.0, cfg2=2.0, temperature2=1.0, steps=16, diffusion_steps=50, clip=5.0, batch_size=256)),
     "B": imagenet_preset(dict(width=768, depth=12, num_heads=12),
                          dict(width=768, encoder_depth=12, decoder_depth=12, num_heads=12, head_depth=6, head_width=1024), 2.9),

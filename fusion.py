@@ -1,22 +1,24 @@
-"""How the codes enter the continuous model: attention, the transformer block, and three fusion modules.
+"""The transformer block of stage 2, and how the codes enter it: three fusion modules.
 
-The MAE decoder of stage 2 works on a sequence of S buffer slots and N positions; hidden positions hold a mask token.
-Fusion happens at its input, where every hidden position can find the code of its own place:
+A picture is a grid of N places, each with a code and a latent (D is the model's width). Stage 2 is a masked autoencoder:
+its decoder works on a sequence of S + N slots, first S buffer slots that carry the class, then one slot per place, which
+holds a token of the latent where that is known and one and the same "mask token" where it is still hidden. Fusion
+happens at the decoder's input, so that every hidden place can find its own code:
 
-    discrete (B,N,D)   the codes, embedded, on the position table of the tokens they stand beside
+    discrete (B,N,D)   the embedded codes, plus the decoder's position embedding of their places
     context  = fusion.prepare(discrete)         once per image when sampling
     sequence = fusion(sequence, context)        (B,S+N,D) -> (B,S+N,D), before the decoder's first block
 
     cross      the sequence asks, the codes answer: blocks of cross-attention and MLP. What it asks depends on what is
                already drawn, so it runs at every step; keys and values of the codes are computed once.
-    qformer    learned queries, one per place of the sequence, ask instead (Q-Former: Li et al. 2023, BLIP-2, arXiv
-               2301.12597): blocks of self-attention, cross-attention and MLP. It never sees the sequence, so it runs
-               once per image and its result is added.
-    aligned    one linear map: code i is added to position i. No attention; it shows what the other two are worth.
+    qformer    learned queries, one per slot, ask instead: blocks of self-attention, cross-attention and MLP (Q-Former:
+               Li et al. 2023, BLIP-2, arXiv 2301.12597). They never see the sequence, so they run once per image, and
+               the result is added.
+    aligned    one linear map: code i is added to the slot of place i. No attention; it shows what the others are worth.
 
-The D2C paper proposes the first two kinds without (in the text known to us) their exact place; the place is our choice.
-Each module ends in a projection that starts at zero, so a fresh one changes nothing: a model started from published MAR
-weights begins exactly as MAR and learns to look at the codes.
+The D2C paper proposes the first two kinds; their exact place is not in the text known to us and is our choice. All that a
+module adds passes through projections that start at zero, so a fresh one changes nothing: a model started from published
+MAR weights begins exactly as MAR and learns to look at the codes.
 """
 import torch
 import torch.nn as nn
@@ -28,11 +30,10 @@ def layer_norm(width):
 
 
 def init_linear(module):
-    """MAR's initialisation, for `module.apply`: xavier-uniform linear layers without bias."""
+    """MAR's initialisation, for `module.apply`: xavier-uniform weights and zero biases in linear layers."""
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
+        nn.init.zeros_(module.bias)
 
 
 def zero(*layers):
@@ -48,7 +49,7 @@ def split_heads(x, heads):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention over a whole sequence (B,T,D), names and layout of timm's ViT."""
+    """Multi-head self-attention over a whole sequence (B,T,D), names of timm's ViT."""
 
     def __init__(self, width, heads, dropout=0.0):
         super().__init__()
@@ -90,11 +91,13 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(4 * width, width)
 
     def forward(self, x):
-        return F.dropout(self.fc2(F.gelu(self.fc1(x))), self.dropout, self.training)
+        x = F.dropout(F.gelu(self.fc1(x)), self.dropout, self.training)                       # (B,T,4D)
+        return F.dropout(self.fc2(x), self.dropout, self.training)                            # (B,T,D)
 
 
 class Block(nn.Module):
-    """The pre-norm transformer block of ViT and MAE (B,T,D); `cross=True` puts cross-attention between its two halves."""
+    """The pre-norm transformer block of ViT and MAE, (B,T,D) -> (B,T,D), with MAR's parameter names; `cross=True` puts
+    cross-attention between its two halves (the Q-Former's block)."""
 
     def __init__(self, width, heads, dropout=0.0, cross=False):
         super().__init__()
@@ -114,7 +117,7 @@ class Block(nn.Module):
 
 
 class CrossBlock(nn.Module):
-    """Cross-attention and MLP, both starting at zero. No self-attention: the decoder that follows has plenty."""
+    """Cross-attention and MLP. No self-attention: the decoder that follows has plenty."""
 
     def __init__(self, width, heads, dropout=0.0):
         super().__init__()
@@ -129,17 +132,17 @@ class CrossBlock(nn.Module):
 
 
 class CrossAttentionFusion(nn.Module):
-    """context: the keys and values of the codes, a pair per block."""
+    """Every slot looks at the codes. context: their keys and values, a pair per block."""
 
     def __init__(self, width, heads, depth=2, dropout=0.0):
         super().__init__()
-        self.norm = layer_norm(width)
+        self.norm_discrete = layer_norm(width)
         self.blocks = nn.ModuleList(CrossBlock(width, heads, dropout) for _ in range(depth))
         self.apply(init_linear)
         zero(*(layer for block in self.blocks for layer in (block.cross.proj, block.mlp.fc2)))
 
     def prepare(self, discrete):
-        discrete = self.norm(discrete)
+        discrete = self.norm_discrete(discrete)
         return [block.cross.keys_values(discrete) for block in self.blocks]
 
     def forward(self, sequence, context):
@@ -149,7 +152,8 @@ class CrossAttentionFusion(nn.Module):
 
 
 class QFormerFusion(nn.Module):
-    """context: the finished queries (B,S+N,D), to be added."""
+    """Learned queries look at the codes in the slots' stead. context: the finished queries (B,S+N,D), to be added.
+    Unlike BLIP-2's few queries, a bottleneck, there is one per slot: each hidden place wants its own answer."""
 
     def __init__(self, width, heads, length, depth=2, dropout=0.0):
         super().__init__()
@@ -173,23 +177,25 @@ class QFormerFusion(nn.Module):
 
 
 class AlignedFusion(nn.Module):
-    """context: the mapped codes (B,S+N,D), zero at the buffer slots, to be added. About MixAR's DC-Mix (2511.12181)."""
+    """Each place gets its own code. context: the mapped codes (B,S+N,D), zero at the buffer slots, to be added.
+    Close to DC-Mix of MixAR (arXiv 2511.12181), which puts codes where mask tokens would be."""
 
     def __init__(self, width, length):
         super().__init__()
         self.length = length
+        self.norm_discrete = layer_norm(width)
         self.out = nn.Linear(width, width)
         zero(self.out)
 
     def prepare(self, discrete):
-        return F.pad(self.out(discrete), (0, 0, self.length - discrete.shape[1], 0))          # (B,S+N,D)
+        return F.pad(self.out(self.norm_discrete(discrete)), (0, 0, self.length - discrete.shape[1], 0))   # (B,S+N,D)
 
     def forward(self, sequence, context):
         return sequence + context
 
 
 def make_fusion(kind, width, heads, length, depth=2, dropout=0.0):
-    """The module called `kind` (cross, qformer, aligned) for sequences of `length` = S + N slots. Raises ValueError."""
+    """The module called `kind` (cross, qformer, aligned) for sequences of `length` = S + N slots. Raises ValueError for another kind."""
     if kind == "cross":
         return CrossAttentionFusion(width, heads, depth, dropout)
     if kind == "qformer":

@@ -2,7 +2,7 @@
 
     python sample.py                                       demo: a labelled grid, coarse row above fine row
     python sample.py --classes star heart --num 20 --cfg2 3 --steps 16
-    torchrun --nproc_per_node=8 -- sample.py --run runs/B --num 50000 --out samples.npz       for fid.py: arr_0, uint8 NHWC
+    torchrun --nproc_per_node=8 -- sample.py --run runs/B --num 50000 --out samples.npz    for fid.py: arr_0, uint8 NHWC
     python sample.py --vq vq_ds16_c2i.pt --stage1 c2i_B_256.pt --out llamagen.png          published weights alone:
     python sample.py --kl kl16.ckpt --stage2 mar_base/checkpoint-last.pth --out mar.png    LlamaGen, and MAR
     python sample.py --reconstruct photo.jpg               what each tokenizer keeps: original, VQ, KL
@@ -10,9 +10,10 @@
 The coarse picture is the VQ decoder's view of stage 1's codes; the fine one is the KL decoder's view of stage 2's latents.
 Samples are cut into whole batches; batch k draws from a generator seeded by (seed, k), and processes take batches in turn:
 the pictures depend on --seed and --batch-size, and not on the number of processes.
+
+Reading order: models, pictures, the command.
 """
 import math
-import os
 import time
 from pathlib import Path
 
@@ -22,89 +23,12 @@ from PIL import Image, ImageDraw, ImageFont
 
 from d2c import PRESETS, ContinuousConfig, ContinuousGenerator, DiscreteConfig, DiscreteGenerator, generate
 from tokenizers import (KL16_SCALE, InputError, KLTokenizer, Parser, Processes, VQTokenizer, autocast, clock, load_published,
-                        load_tokenizers, read_checkpoint, read_image, seed_of, to_float, to_map, to_uint8)
+                        load_tokenizers, not_negative, positive, read_checkpoint, read_image, seed_number, seed_of, to_float,
+                        to_map, to_uint8, write_atomically)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Models
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def load_generator(path, stage, raw=False):
-    """(generator, classes or None, run or None) from a checkpoint of this project, or from a published one (LlamaGen for
-    stage 1, MAR for stage 2), which knows neither class names nor a run. Raises InputError."""
-    cls, config_cls = {1: (DiscreteGenerator, DiscreteConfig), 2: (ContinuousGenerator, ContinuousConfig)}[stage]
-    file = read_checkpoint(path)
-    if "run" not in file or "config" not in file:
-        # MAR-H has heads of width 80; all others are 64 wide.
-        heads = {PRESETS["H"]["stage2"]["width"]: PRESETS["H"]["stage2"]["num_heads"]} if stage == 2 else {}
-        width = "z_proj.weight" if stage == 2 else "norm.weight"
-        return load_published(lambda state: cls.from_published(state, heads.get(state[width].shape[0])), path, not raw), None, None
-    if file["stage"] != stage:
-        raise InputError(f"{path}: holds stage {file['stage']}, expected stage {stage}")
-    try:
-        model = cls(config_cls(**file["config"]))
-        model.load_state_dict(file["model" if raw else "ema"])
-    except (KeyError, TypeError, RuntimeError) as error:
-        raise InputError(f"{path}: does not fit this version ({' '.join(str(error).split())[:300]})") from error
-    return model, file["classes"], file["run"]
-
-
-class Pipeline:
-    """The loaded models and their sampling settings. `vq` and `discrete` make codes and the coarse picture, `kl` and
-    `continuous` the fine one; with published files either pair may be missing (None)."""
-
-    def __init__(self, args, device):
-        self.vq = self.kl = self.discrete = self.continuous = self.classes = run1 = run2 = None
-        stage1, stage2 = args.stage1, args.stage2
-        if args.published:
-            if not (args.vq and args.stage1) and not (args.kl and args.stage2):
-                raise InputError("published weights come in pairs: --vq with --stage1 (coarse), --kl with --stage2 (fine), or all")
-            self.vq = args.vq and load_published(VQTokenizer.from_published, args.vq)
-            self.kl = args.kl and load_published(KLTokenizer.from_published, args.kl)
-            if self.kl:
-                self.kl.scale = KL16_SCALE
-        else:
-            self.vq, self.kl, _ = load_tokenizers(run_file(args.run, "tokenizers.pt", 0))
-            stage1, stage2 = run_file(args.run, "stage1.pt", 1), run_file(args.run, "stage2.pt", 2)
-        if stage1 and self.vq:
-            self.discrete, self.classes, run1 = load_generator(stage1, 1, args.raw)
-        if stage2 and self.kl:
-            self.continuous, self.classes, run2 = load_generator(stage2, 2, args.raw)
-        if run1 and run2 and run1["tokens"] != run2["tokens"]:
-            raise InputError(f"{stage1} and {stage2} were trained on different tokens: train one of them again")
-        if self.continuous and self.continuous.config.fusion != "none" and not self.discrete:
-            raise InputError(f"{stage2} is conditioned on codes: give --vq and --stage1 too")
-        for part in (self.vq, self.kl, self.discrete, self.continuous):
-            if part:
-                part.to(device).eval()
-        self.device, self.grid = device, (self.continuous or self.discrete).config.grid
-        if self.discrete and self.continuous and tuple(self.discrete.config.grid) != tuple(self.continuous.config.grid):
-            raise InputError(f"stage 1 has a grid of {self.discrete.config.grid} tokens, stage 2 of {self.continuous.config.grid}")
-        self.num_classes = (self.continuous or self.discrete).config.num_classes
-        self.classes = self.classes or [str(label) for label in range(self.num_classes)]
-        preset = (run2 or run1 or {}).get("preset", "B")
-        self.settings = dict(PRESETS[preset]["sample"])
-        for name in ("cfg1", "temperature1", "top_k", "top_p", "cfg2", "temperature2", "steps", "diffusion_steps", "batch_size"):
-            if getattr(args, name) is not None:
-                self.settings[name] = getattr(args, name)
-        places = math.prod(self.grid)
-        if self.continuous and not 1 <= self.settings["steps"] <= places:
-            raise InputError(f"--steps {self.settings['steps']}: must lie between 1 and {places}, the number of tokens")
-        if not 2 <= self.settings["diffusion_steps"] <= 1000:
-            raise InputError(f"--diffusion-steps {self.settings['diffusion_steps']}: must lie between 2 and 1000")
-
-    @torch.no_grad()
-    def pictures(self, labels, generator, dtype):
-        """labels (B,) -> [coarse and fine pictures, as far as there are models], each uint8 (B,S,S,3)."""
-        settings = {name: value for name, value in self.settings.items() if name != "batch_size"}
-        made = []
-        with autocast(self.device, dtype):
-            codes, latents = generate(self.discrete, self.continuous, labels, generator=generator, **settings)
-            if codes is not None:
-                made.append(self.vq.decode(codes.unflatten(1, tuple(self.grid))))             # (B,3,S,S)
-            if latents is not None:
-                made.append(self.kl.decode(to_map(latents, self.grid) / self.kl.scale))       # (B,3,S,S)
-        return [to_uint8(images).cpu().numpy() for images in made]
 
 
 def run_file(run, name, stage):
@@ -113,6 +37,119 @@ def run_file(run, name, stage):
     if not path.is_file():
         raise InputError(f"{path}: not there; make it with: python train.py --stage {stage} --out {run} (and the run's --preset)")
     return path
+
+
+def load_generator(path, stage, raw=False):
+    """(generator, file) from a checkpoint of this project, or from a published one (LlamaGen for stage 1, MAR for stage 2),
+    whose `file` is empty: it knows neither class names nor a run. Raises InputError."""
+    cls, config_cls = {1: (DiscreteGenerator, DiscreteConfig), 2: (ContinuousGenerator, ContinuousConfig)}[stage]
+    file = read_checkpoint(path)
+    if "run" not in file or "config" not in file:
+        def build(state):
+            huge = PRESETS["H"]["stage2"]  # its heads are 80 wide, all others 64
+            heads = huge["num_heads"] if stage == 2 and len(state["z_proj.bias"]) == huge["width"] else None
+            return cls.from_published(state, heads)
+
+        return load_published(build, path, not raw, file), {}
+    if file["stage"] != stage:
+        raise InputError(f"{path}: holds stage {file['stage']}, expected stage {stage}")
+    try:
+        model = cls(config_cls(**file["config"]))
+        model.load_state_dict(file["model" if raw else "ema"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{path}: does not fit this version ({str(error)[:300]})") from error
+    return model, file
+
+
+class Pipeline:
+    """The loaded models and their sampling settings. `vq` and `discrete` make codes and the coarse picture, `kl` and
+    `continuous` the fine one; with published files either pair may be missing (None). Raises InputError."""
+
+    def __init__(self, args, device):
+        self.device, self.vq, self.kl, self.discrete, self.continuous = device, None, None, None, None
+        stage1, stage2, file1, file2 = args.stage1, args.stage2, {}, {}
+        if args.published:
+            if not (args.vq and stage1) and not (args.kl and stage2):
+                raise InputError("published weights come in pairs: --vq with --stage1 (coarse), --kl with --stage2 (fine), or all")
+            if args.vq:
+                self.vq = load_published(VQTokenizer.from_published, args.vq)
+            if args.kl:
+                self.kl = load_published(KLTokenizer.from_published, args.kl)
+        else:
+            self.vq, self.kl, _, _ = load_tokenizers(run_file(args.run, "tokenizers.pt", 0))
+            stage1, stage2 = run_file(args.run, "stage1.pt", 1), run_file(args.run, "stage2.pt", 2)
+        if stage1 and self.vq:
+            self.discrete, file1 = load_generator(stage1, 1, args.raw)
+        if stage2 and self.kl:
+            self.continuous, file2 = load_generator(stage2, 2, args.raw)
+            self.kl.scale = file2.get("scale", KL16_SCALE)
+        if file1 and file2 and file1["run"]["tokens"] != file2["run"]["tokens"]:
+            raise InputError(f"{stage1} and {stage2} were trained on different tokens: train one of them again")
+        self.check_parts(stage1, stage2)
+        for part in (self.vq, self.kl, self.discrete, self.continuous):
+            if part:
+                part.to(device).eval()
+        config, file = (self.continuous or self.discrete).config, file2 or file1
+        self.grid = tuple(config.grid)
+        self.classes = file["classes"] if file else [str(label) for label in range(config.num_classes)]
+        self.settings = dict(PRESETS[file["run"]["preset"] if file else "B"]["sample"])
+        for name in ("cfg1", "temperature1", "top_k", "top_p", "cfg2", "temperature2", "steps", "diffusion_steps", "batch_size"):
+            if getattr(args, name) is not None:
+                self.settings[name] = getattr(args, name)
+        if self.continuous and self.settings["steps"] > math.prod(self.grid):
+            raise InputError(f"--steps {self.settings['steps']}: must lie between 1 and {math.prod(self.grid)}, the number of tokens")
+        if not 2 <= self.settings["diffusion_steps"] <= 1000:
+            raise InputError(f"--diffusion-steps {self.settings['diffusion_steps']}: must lie between 2 and 1000")
+
+    def check_parts(self, stage1, stage2):
+        """Do the parts fit each other? Raises InputError naming the files."""
+        first, second = self.discrete and self.discrete.config, self.continuous and self.continuous.config
+        if second and second.fusion != "none" and not first:
+            raise InputError(f"{stage2} is conditioned on codes: give --vq and --stage1 too")
+        pairs = []
+        if first:
+            pairs += [("codebook size", "--vq", self.vq.config.codebook_size, stage1, first.codebook_size)]
+        if second:
+            pairs += [("latent channels", "--kl", self.kl.config.z_channels, stage2, second.channels)]
+        if first and second:
+            pairs += [("token grid", stage1, tuple(first.grid), stage2, tuple(second.grid)),
+                      ("class count", stage1, first.num_classes, stage2, second.num_classes)]
+            if second.fusion != "none":
+                pairs += [("codebook size", stage1, first.codebook_size, stage2, second.codebook_size)]
+        for what, one, value, other, expected in pairs:
+            if value != expected:
+                raise InputError(f"{what}: {one} has {value}, {other} has {expected}; these do not belong together")
+
+    @torch.no_grad()
+    def pictures(self, labels, generator, dtype="auto", only_last=False):
+        """labels (B,) -> coarse and fine pictures, as far as there are models (only the last with `only_last`): a list of
+        uint8 (B,S,S,3)."""
+        settings = {name: value for name, value in self.settings.items() if name != "batch_size"}
+        with autocast(self.device, dtype):
+            codes, latents = generate(self.discrete, self.continuous, labels, generator=generator, **settings)
+        made = []  # decoded in full precision
+        if codes is not None and not (only_last and latents is not None):
+            made.append(self.vq.decode(codes.unflatten(1, self.grid)))                        # (B,3,S,S)
+        if latents is not None:
+            made.append(self.kl.decode(to_map(latents, self.grid) / self.kl.scale))           # (B,3,S,S)
+        return [to_uint8(images).cpu().numpy() for images in made]
+
+
+@torch.no_grad()
+def reconstruct(args, device):
+    """Original, VQ and KL reconstruction of picture files: uint8 (3,n,S,S,3). Raises InputError."""
+    if args.published:
+        if not (args.vq and args.kl):
+            raise InputError("--reconstruct needs both tokenizers: --vq with --kl, or a run's")
+        vq, kl = load_published(VQTokenizer.from_published, args.vq), load_published(KLTokenizer.from_published, args.kl)
+        size = 256
+    else:
+        vq, kl, size, _ = load_tokenizers(run_file(args.run, "tokenizers.pt", 0))
+    vq, kl = vq.to(device).eval(), kl.to(device).eval()
+    originals = torch.from_numpy(np.stack([read_image(path, size) for path in args.reconstruct]))
+    x = to_float(originals).to(device)
+    decoded = [vq.decode(vq.encode(x)), kl.decode(kl.encode(x).chunk(2, 1)[0])]
+    return np.stack([originals.numpy()] + [to_uint8(images).cpu().numpy() for images in decoded])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -126,7 +163,7 @@ def choose_classes(wanted, classes):
     for word in ",".join(wanted or []).split(","):
         if word in classes:
             chosen.append(classes.index(word))
-        elif word.isdigit() and int(word) < len(classes):
+        elif word.isdecimal() and int(word) < len(classes):
             chosen.append(int(word))
         elif word:
             known = ", ".join(classes[:10]) + (", ..." if len(classes) > 10 else "")
@@ -134,19 +171,19 @@ def choose_classes(wanted, classes):
     return chosen or list(range(len(classes)))
 
 
-def make_pictures(pipeline, labels, batch_size, seed, dtype, processes, partial):
+def make_pictures(pipeline, labels, args, processes, partial):
     """Sample labels (n,) batch by batch, into the memory-mapped file `partial`, uint8 (kinds,n,S,S,3); returns it.
 
     The processes take turns in batches and write into the same file."""
+    batch_size = pipeline.settings["batch_size"]
     starts = range(0, len(labels), batch_size)
-    began, made = time.time(), None
-    turns = math.ceil(len(starts) / processes.size)
-    for turn in range(turns):
+    began = time.time()
+    for turn in range(math.ceil(len(starts) / processes.size)):
         k = turn * processes.size + processes.rank
         if k < len(starts):
-            generator = torch.Generator(pipeline.device).manual_seed(seed_of(seed, k))
+            generator = torch.Generator(pipeline.device).manual_seed(seed_of(args.seed, 3, k))  # 3: not a stage's number
             chunk = torch.tensor(labels[starts[k]:starts[k] + batch_size], device=pipeline.device)
-            kinds = pipeline.pictures(chunk, generator, dtype)
+            kinds = pipeline.pictures(chunk, generator, args.dtype, only_last=args.out.suffix == ".npz")
         if turn == 0:  # only now the size of the pictures is known
             if processes.rank == 0:
                 np.lib.format.open_memmap(partial, "w+", np.uint8, (len(kinds), len(labels), *kinds[0].shape[1:]))
@@ -163,15 +200,14 @@ def make_pictures(pipeline, labels, batch_size, seed, dtype, processes, partial)
     return made
 
 
-def draw_grid(kinds, titles, rows, path):
-    """Save pictures kinds (k,n,S,S,3) as a PNG, one column per title: above all a line of titles, then for every
-    len(titles) pictures one line per kind, named by `rows` at its left."""
+def draw_grid(kinds, titles, rows):
+    """Pictures kinds (k,n,S,S,3) as one PIL image, a column per title: above all a line of titles, then for every
+    len(titles) pictures a line per kind, named by `rows` at its left."""
     count, size, columns = kinds.shape[1], kinds.shape[2], len(titles)
     tile = size * max(1, round(96 / size))  # small pictures are enlarged, pixel by pixel
     font = ImageFont.load_default(13)
     left, top, gap = 8 + int(max(font.getlength(row) for row in rows)), 20, 6
-    blocks = math.ceil(count / columns)
-    height = top + blocks * (len(kinds) * tile + gap)
+    height = top + math.ceil(count / columns) * (len(kinds) * tile + gap)
     sheet = Image.new("RGB", (left + columns * tile, height), "white")
     pen = ImageDraw.Draw(sheet)
     for column, title in enumerate(titles):
@@ -183,23 +219,30 @@ def draw_grid(kinds, titles, rows, path):
             sheet.paste(Image.fromarray(kinds[kind, i]).resize((tile, tile), Image.Resampling.NEAREST), (left + column * tile, y))
             if column == 0:
                 pen.text((left - 4, y + tile / 2), row, "black", font, anchor="rm")
-    sheet.save(path)
+    return sheet
 
 
-@torch.no_grad()
-def reconstruct(args, device):
-    """Original, VQ and KL reconstruction of picture files as uint8 (3,n,S,S,3)."""
-    if args.vq and args.kl:
-        vq, kl = load_published(VQTokenizer.from_published, args.vq), load_published(KLTokenizer.from_published, args.kl)
-        size = 256
-    else:
-        vq, kl, size = load_tokenizers(run_file(args.run, "tokenizers.pt", 0))
-    originals = torch.from_numpy(np.stack([read_image(path, size) for path in args.reconstruct]))
-    made = [originals.numpy()]
-    vq, kl, x = vq.to(device).eval(), kl.to(device).eval(), to_float(originals).to(device)
-    for images in (vq.decode(vq.encode(x)), kl.decode(kl.encode(x).chunk(2, 1)[0])):
-        made.append(to_uint8(images).cpu().numpy())
-    return np.stack(made)
+def sample(pipeline, chosen, args, processes):
+    """Sample pictures of the chosen classes and save them to args.out, as a grid (.png) or an array (.npz)."""
+    if args.out.suffix == ".png":
+        chosen = chosen[:10]
+    number = args.num or 3 * len(chosen)
+    labels = [chosen[i % len(chosen)] for i in range(number)]
+    processes.say(f"{number} pictures: " + ", ".join(f"{name} {value}" for name, value in pipeline.settings.items()))
+    if args.compile and pipeline.continuous:
+        pipeline.continuous.diffloss["net"].compile(dynamic=True)
+    partial = args.out.with_name(args.out.name + ".partial.npy")
+    try:
+        made = make_pictures(pipeline, labels, args, processes, partial)
+        if processes.rank == 0:
+            if args.out.suffix == ".png":
+                rows = ["coarse"] * bool(pipeline.discrete) + ["fine"] * bool(pipeline.continuous)
+                write_atomically(args.out, draw_grid(made, [pipeline.classes[label] for label in chosen], rows).save)
+            else:
+                write_atomically(args.out, lambda temporary: np.savez(temporary, arr_0=made[-1]))
+    finally:
+        if processes.rank == 0:
+            partial.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -212,22 +255,22 @@ def parse(argv):
     add = parser.add_argument
     add("--run", default="runs/demo", help="run folder of train.py (default runs/demo)")
     add("--vq", metavar="FILE", help="published weights instead of a run: LlamaGen's VQ tokenizer,")
-    add("--stage1", metavar="FILE", help="  its generator (or a stage1.pt),")
+    add("--stage1", metavar="FILE", help="  its generator (or a stage1.pt trained on these tokenizers),")
     add("--kl", metavar="FILE", help="  MAR's KL tokenizer,")
-    add("--stage2", metavar="FILE", help="  and its generator (or a stage2.pt)")
+    add("--stage2", metavar="FILE", help="  and its generator (or a stage2.pt trained on these tokenizers)")
     add("--classes", nargs="+", help="class names or ids (default: all; ten at most in a grid)")
-    add("--num", type=int, help="pictures in all, dealt out evenly to the classes (default: three per class)")
+    add("--num", type=positive, help="pictures in all, dealt out evenly to the classes (default: three per class)")
     add("--out", metavar="FILE", help=".png: labelled grid; .npz: arr_0 uint8 NHWC (default RUN/samples.png)")
-    add("--batch-size", type=int, dest="batch_size", help="pictures at a time; part of what determines the pictures")
-    add("--seed", type=int, default=0)
-    add("--cfg1", type=float, help="guidance of stage 1 (1: none)")
-    add("--cfg2", type=float, help="guidance of stage 2 (1: none)")
-    add("--temperature1", type=float, help="of stage 1 (0: likeliest code)")
-    add("--temperature2", type=float, help="of stage 2: scales the noise of the diffusion steps")
-    add("--top-k", type=int, help="stage 1: keep the k likeliest codes (0: all)")
-    add("--top-p", type=float, help="stage 1: keep the likeliest codes of total probability p (1: all)")
-    add("--steps", type=int, help="token steps of stage 2")
-    add("--diffusion-steps", type=int, help="denoising steps per token")
+    add("--batch-size", type=positive, help="pictures at a time; part of what determines the pictures")
+    add("--seed", type=seed_number, default=0)
+    add("--cfg1", type=not_negative, help="guidance of stage 1 (1: none)")
+    add("--cfg2", type=not_negative, help="guidance of stage 2 (1: none)")
+    add("--temperature1", type=not_negative, help="of stage 1 (0: likeliest code)")
+    add("--temperature2", type=not_negative, help="of stage 2: scales the noise of the diffusion steps")
+    add("--top-k", type=positive, help="stage 1: keep the k likeliest codes (default: all)")
+    add("--top-p", type=not_negative, help="stage 1: keep the likeliest codes of total probability p (default 1: all)")
+    add("--steps", type=positive, help="token steps of stage 2")
+    add("--diffusion-steps", type=positive, help="denoising steps per token")
     add("--raw", action="store_true", help="the raw weights instead of their average (EMA)")
     add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
     add("--dtype", choices=("auto", "bf16", "float32"), default="auto", help="of matrix products (auto: bf16 on CUDA)")
@@ -235,77 +278,46 @@ def parse(argv):
     add("--no-compile", action="store_false", dest="compile")
     add("--reconstruct", nargs="+", metavar="IMAGE", help="show what the tokenizers keep of these pictures, and stop")
     args = parser.parse_args(argv)
-    for name in ("num", "batch_size"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1")
-    for name in ("temperature1", "temperature2", "top_k", "cfg1", "cfg2", "seed"):
-        if getattr(args, name) is not None and getattr(args, name) < 0:
-            parser.error(f"--{name.replace('_', '-')} must not be negative")
     if args.top_p is not None and not 0 < args.top_p <= 1:
         parser.error("--top-p must lie above 0 and at most at 1")
     args.published = bool(args.vq or args.kl or args.stage1 or args.stage2)
     return parser, args
 
 
-def prepare_output(args):
+def prepare_output(args, processes):
     """The output path; its folder is made and tried now, before the work. Raises InputError."""
-    folder = "." if args.published else args.run
-    out = Path(args.out or Path(folder) / ("reconstruct.png" if args.reconstruct else "samples.png"))
+    name = "reconstruct.png" if args.reconstruct else "samples.png"
+    out = Path(args.out or (Path(".") if args.published else Path(args.run)) / name)
     if out.suffix not in (".png", ".npz") or (args.reconstruct and out.suffix != ".png"):
         raise InputError(f"--out {out}: must end in .png (a labelled grid)" + (" or .npz" if not args.reconstruct else ""))
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        partial = out.with_name(out.name + ".partial.npy")
-        partial.touch()
-        if out.is_dir():
-            raise IsADirectoryError(f"{out} is a folder")
-    except OSError as error:
-        raise InputError(f"--out {out}: cannot be written ({error}); choose another") from error
-    return out, partial
+    if out.is_dir():
+        raise InputError(f"--out {out}: is a folder; name a file")
+    if processes.rank == 0:
+        trial = out.with_name(f"{out.name}.trial")
+        write_atomically(trial, lambda temporary: temporary.touch())
+        trial.unlink()
+    return out
 
 
 def main(argv=None):
     parser, args = parse(argv)
-    processes = partial = None
-    try:
+    with parser.plain_errors():
         processes = Processes(args.device)
+        args.compile = processes.device.type == "cuda" if args.compile is None else args.compile
         torch.set_float32_matmul_precision("high")  # TF32 where bf16 is not used
         if args.reconstruct:
             pictures = reconstruct(args, processes.device)
-            out, partial = prepare_output(args)
-            draw_grid(pictures, [Path(path).stem[:14] for path in args.reconstruct], ["original", "VQ", "KL"], out)
-            processes.say(f"saved {out}")
-            return
-        pipeline = Pipeline(args, processes.device)
-        chosen = choose_classes(args.classes, pipeline.classes)
-        out, partial = prepare_output(args)
-        if out.suffix == ".png":
-            chosen = chosen[:10]
-        number = args.num or 3 * len(chosen)
-        labels = [chosen[i % len(chosen)] for i in range(number)]
-        settings = pipeline.settings
-        processes.say(f"{number} pictures, " + "  ".join(f"{name} {value}" for name, value in settings.items()))
-        if args.compile if args.compile is not None else processes.device.type == "cuda":
-            pipeline.continuous and pipeline.continuous.diffloss["net"].compile(dynamic=True)
-        made = make_pictures(pipeline, labels, settings["batch_size"], args.seed, args.dtype, processes, partial)
-        if processes.rank == 0:
-            finished = out.with_name(out.name + ".tmp" + out.suffix)
-            if out.suffix == ".png":
-                rows = ["coarse"] * bool(pipeline.discrete) + ["fine"] * bool(pipeline.continuous)
-                draw_grid(made, [pipeline.classes[label] for label in chosen], rows, finished)
-            else:
-                np.savez(finished, arr_0=made[-1])
-            os.replace(finished, out)
-            processes.say(f"saved {out}")
-    except InputError as error:
-        parser.error(error)
-    except KeyboardInterrupt:
-        parser.exit(130, "interrupted\n")
-    finally:
-        if partial and processes.rank == 0:
-            partial.unlink(missing_ok=True)
-        if processes:
-            processes.end()
+            args.out = prepare_output(args, processes)
+            sheet = draw_grid(pictures, [Path(path).stem[:14] for path in args.reconstruct], ["original", "VQ", "KL"])
+            if processes.rank == 0:
+                write_atomically(args.out, sheet.save)
+        else:
+            pipeline = Pipeline(args, processes.device)
+            chosen = choose_classes(args.classes, pipeline.classes)
+            args.out = prepare_output(args, processes)
+            sample(pipeline, chosen, args, processes)
+        processes.say(f"saved {args.out}")
+        processes.end()
 
 
 if __name__ == "__main__":

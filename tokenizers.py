@@ -18,6 +18,7 @@ Reading order: what the scripts share, images, the convolutional family, the two
 """
 import argparse
 import colorsys
+import contextlib
 import json
 import math
 import os
@@ -25,6 +26,7 @@ import re
 import time
 import zlib
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -48,23 +50,62 @@ class Parser(argparse.ArgumentParser):
     """argparse, but an error is one line (and exit status 2) without the usage text above it."""
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: error: {' '.join(str(message).split())}\n")
+        message = str(message).split("tokenizers.InputError: ")[-1]  # DataLoader workers wrap it in a traceback
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+    @contextlib.contextmanager
+    def plain_errors(self):
+        """What a user can cause ends in one line and exit status 2; everything else is a bug and keeps its traceback."""
+        try:
+            yield
+        except InputError as error:
+            self.error(error)
+        except OSError as error:
+            self.error(f"{error.filename or 'a file'}: {error.strerror or error}")
+        except torch.OutOfMemoryError:
+            self.error("the device's memory is full: use a smaller --batch-size (in training also --accumulate, --checkpointing)")
+        except KeyboardInterrupt:
+            self.exit(130, "interrupted\n")
+        except RuntimeError as error:
+            if not (dist.is_initialized() and "peer" in str(error)):
+                raise
+            self.exit(2)  # another process of this run has stopped, and has said why
 
 
-def save_atomically(content, path):
-    """torch.save to a temporary name, then rename: a reader sees the old file or the new one, never half of one."""
+def positive(text):
+    """argparse type: an integer of at least 1."""
+    if (value := int(text)) < 1:
+        raise ValueError
+    return value
+
+
+def not_negative(text):
+    """argparse type: a finite number of at least 0."""
+    if not 0 <= (value := float(text)) < math.inf:
+        raise ValueError
+    return value
+
+
+def seed_number(text):
+    """argparse type: an integer from 0 to 2^63 - 1."""
+    if not 0 <= (value := int(text)) < 2**63:
+        raise ValueError
+    return value
+
+
+def write_atomically(path, write):
+    """write(temporary path), then rename: a reader sees the old file or the new one, never half of one. The temporary name
+    keeps the suffix. Raises InputError, with the old file untouched, when that fails."""
     path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.stem}.tmp{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(content, temporary)
+        write(temporary)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        try:
+        with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        except OSError:
-            pass  # the folder itself is unusable; the line below says so
-        raise InputError(f"{path}: cannot be written ({error}); choose another --out or free space") from error
+        raise InputError(f"{path}: cannot be written ({error}); free space or choose another --out") from error
 
 
 def read_checkpoint(path):
@@ -86,25 +127,25 @@ def read_checkpoint(path):
     return content
 
 
-def load_published(build, path, prefer_ema=True):
-    """`build(state)` on the state dict inside a published checkpoint file.
+def load_published(build, path, prefer_ema=True, content=None):
+    """`build(state)` on the state dict inside a published checkpoint file, or inside its `content` if that is read already.
 
     The containers of LlamaGen (`model`, `ema`, `module`, `state_dict`, or bare) and MAR (`model_ema`, `model`) are
     unwrapped, DDP and compile prefixes stripped. Raises InputError naming the file and the keys that do not fit.
     """
-    state = read_checkpoint(path)
+    state = content or read_checkpoint(path)
     order = ["model_ema", "ema", "model", "module", "state_dict"]
     for name in order if prefer_ema else order[2:] + order[:2]:
         if isinstance(state.get(name), dict):
             state = state[name]
             break
-    state = {re.sub(r"^((module|_orig_mod)\.)+", "", key): value for key, value in state.items()}
+    state = {re.sub(r"^((module|_orig_mod)\.)+", "", str(key)): value for key, value in state.items()}
     if not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise InputError(f"{path}: holds no state dict under {', '.join(order)} or at the top level")
     try:
         return build(state)
-    except (KeyError, RuntimeError, ValueError) as error:
-        reason = f"key {error} is missing" if isinstance(error, KeyError) else " ".join(str(error).split())[:400]
+    except (KeyError, IndexError, TypeError, RuntimeError, ValueError) as error:
+        reason = f"key {error} is missing" if isinstance(error, KeyError) else str(error)[:400]
         raise InputError(f"{path}: the weights do not fit: {reason}") from error
 
 
@@ -119,16 +160,22 @@ def choose_device(name):
 
 
 class Processes:
-    """This process among `size`; with one process nothing is ever communicated and no process group is made."""
+    """This process among `size`, on `device`; with one process nothing is ever communicated and no process group made.
+    Raises InputError for a device that is not there."""
 
     def __init__(self, device):
         self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.device = choose_device(device)
+        self.one_node = self.size == int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         if self.size > 1:
             if self.device.type == "cuda":
-                self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+                local_rank = int(os.environ["LOCAL_RANK"])
+                if local_rank >= torch.cuda.device_count():
+                    raise InputError(f"--nproc_per_node: there are only {torch.cuda.device_count()} GPUs")
+                self.device = torch.device("cuda", local_rank)
                 torch.cuda.set_device(self.device)
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            # Encoding and sampling drift apart for long before they meet again: hence the patience.
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=timedelta(hours=12))
 
     def say(self, text):
         if self.rank == 0:
@@ -139,11 +186,11 @@ class Processes:
             dist.barrier()
 
     def mean(self, value):
-        """The mean over processes of a scalar tensor, as a float."""
+        """The mean of a tensor over processes."""
         if self.size > 1:
             value = value.detach().clone()
             dist.all_reduce(value)
-        return float(value) / self.size
+        return value / self.size
 
     def gather(self, x):
         """Concatenate the processes' equally shaped slices in rank order, which is the order of the whole batch."""
@@ -159,14 +206,16 @@ class Processes:
 
 
 def autocast(device, dtype):
-    """bf16 matrix products where asked for (the default on CUDA); never fp16, the source of the originals' NaNs."""
-    wanted = dtype == "bf16" or (dtype == "auto" and device.type == "cuda")
+    """bf16 matrix products where asked for, by default on GPUs that have them; never fp16, the source of the originals'
+    NaNs."""
+    wanted = dtype == "bf16" or (dtype == "auto" and device.type == "cuda"
+                                 and torch.cuda.is_bf16_supported(including_emulation=False))
     return torch.autocast(device.type, torch.bfloat16, enabled=wanted)
 
 
 def seed_of(*numbers):
-    """One 63-bit seed from several numbers, well mixed."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    """One 63-bit seed from several numbers, well mixed. Their count is mixed in: (1, 2) and (1, 2, 0) must differ."""
+    return int(np.random.SeedSequence([len(numbers), *numbers]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def clock(seconds):
@@ -192,7 +241,7 @@ def center_crop(image, size):
     scale = size / min(image.size)
     image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
     top, left = (image.height - size) // 2, (image.width - size) // 2
-    return np.asarray(image)[top:top + size, left:left + size]
+    return np.array(image)[top:top + size, left:left + size]
 
 
 def to_float(images):
@@ -210,7 +259,7 @@ def read_image(path, size):
     try:
         with Image.open(path) as image:
             return center_crop(np.asarray(image.convert("RGB")), size)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # every format and codec fails in its own way
         raise InputError(f"{path}: not a readable image ({error}); repair or remove it") from error
 
 
@@ -221,7 +270,7 @@ class ImageFolder(Dataset):
 
     def __init__(self, root, size):
         self.size = size
-        folders = sorted(path for path in Path(root).iterdir() if path.is_dir())
+        folders = sorted(path for path in Path(root).iterdir() if path.is_dir() and not path.name.startswith("."))
         self.classes = [folder.name for folder in folders]
         if not folders:
             raise InputError(f"--data {root}: holds no class folders; expected {root}/CLASS/IMAGE.jpg")
@@ -284,7 +333,7 @@ class Shapes(Dataset):
 
     classes = ["circle", "square", "triangle", "star", "cross", "ring", "heart", "moon", "arrow", "hourglass"]
 
-    def __init__(self, size, count=22000, seed=0):
+    def __init__(self, size, count=16000, seed=0):
         self.size, self.count, self.seed = size, count, seed
         self.drawn = {}  # a picture takes 0.4 ms to draw: keep the small ones
 
@@ -346,9 +395,9 @@ class Shapes(Dataset):
         return np.asarray(image.reduce(over), np.float32)[..., None] / 255
 
     def texture(self, rng):
-        """A fine two-valued pattern, float (S,S,1) in [0,1], about six periods across the picture."""
+        """A fine two-valued pattern, float (S,S,1) in [0,1], four or five periods across the picture."""
         kind, angle = rng.integers(4), rng.uniform(0, np.pi)
-        period = self.size * rng.uniform(.15, .2)
+        period = self.size * rng.uniform(.2, .26)
         y, x = np.mgrid[:self.size, :self.size] * (2 * np.pi / period) + rng.uniform(0, 2 * np.pi, (2, 1, 1))
         u, v = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
         if kind == 0:
@@ -358,7 +407,7 @@ class Shapes(Dataset):
         elif kind == 2:
             wave = np.cos(u) + np.cos(v) - .6                                     # dots
         else:                                                                     # noise: random cells of half a period
-            cells = rng.standard_normal((13, 13)).astype(np.float32)
+            cells = rng.standard_normal((10, 10)).astype(np.float32)
             wave = np.asarray(Image.fromarray(cells).resize((self.size,) * 2, Image.Resampling.BICUBIC))
         return (1 / (1 + np.exp(-4 * wave)))[..., None]
 
@@ -369,7 +418,7 @@ class Shapes(Dataset):
         def colour(hue, saturation, value):
             return np.array(colorsys.hsv_to_rgb(hue % 1, saturation, value))
 
-        light, dark = colour(hue, rng.uniform(.45, .8), 1), colour(hue, 1, rng.uniform(.35, .5))
+        light, dark = colour(hue, rng.uniform(.4, .7), 1), colour(hue, 1, rng.uniform(.4, .55))
         pattern = self.texture(rng)
         inside = light * pattern + dark * (1 - pattern)                           # (S,S,3)
         slope, back = rng.uniform(0, 2 * np.pi), hue + rng.uniform(.3, .7)
@@ -377,9 +426,9 @@ class Shapes(Dataset):
         ramp = (.5 + (x * np.cos(slope) + y * np.sin(slope)) / math.sqrt(2))[..., None]
         shade = rng.uniform(.1, .75)
         outside = colour(back, .35, shade) * ramp + colour(back, .35, shade + .2) * (1 - ramp)
-        radius = size * rng.uniform(.3, .38)
-        center = size / 2 + rng.uniform(-.08, .08, 2) * size
-        mask = self.mask(label, center, radius, rng.uniform(-.35, .35))
+        radius = size * rng.uniform(.34, .4)
+        center = size / 2 + rng.uniform(-.05, .05, 2) * size
+        mask = self.mask(label, center, radius, rng.uniform(-.25, .25))
         return np.uint8(255 * (inside * mask + outside * (1 - mask)) + .5)
 
 
@@ -610,11 +659,13 @@ class VQTokenizer(nn.Module):
 
     def features(self, images):
         """images (B,3,H,W) -> unit vectors (B,code_dim,h,w), before quantisation."""
-        return F.normalize(self.quant_conv(self.encoder(images)), dim=1)
+        z = self.quant_conv(self.encoder(images))
+        return F.normalize(z.to(self.quant_conv.weight.dtype), dim=1)  # full precision, also under autocast
 
     def nearest(self, z):
         """unit vectors (B,code_dim,h,w) -> codes (B,h,w); on the sphere the smallest distance is the largest cosine."""
-        return torch.einsum("bchw,kc->bhwk", z, self.codebook()).argmax(-1)            # (B,h,w,K) -> (B,h,w)
+        with torch.autocast(z.device.type, enabled=False):  # bf16 would confuse near neighbours
+            return torch.einsum("bchw,kc->bhwk", z, self.codebook()).argmax(-1)        # (B,h,w,K) -> (B,h,w)
 
     def encode(self, images):
         """images (B,3,H,W) in [-1,1] -> codes (B,h,w) int64."""
@@ -640,7 +691,7 @@ class KLTokenizer(nn.Module):
     """Images <-> continuous latents: a diagonal Gaussian per place (Kingma & Welling 2013; KL-16 of MAR,
     arXiv 2406.11838). Latents handed to a generator are samples times `scale`, so that their variance is one."""
 
-    KL_WEIGHT = 1e-4  # per latent number and pixel value: enough to keep the latents near unit size, no more
+    KL_WEIGHT = 1e-3  # mean over latents, against the mean squared error of pixels: keeps them smooth and of about unit size
 
     def __init__(self, config):
         super().__init__()
@@ -689,34 +740,36 @@ class KLTokenizer(nn.Module):
         """Training loss; noise (B,C,h,w) standard normal."""
         moments = self.encode(images)
         mean, log_variance = moments.chunk(2, 1)                                       # (B,C,h,w) each
+        log_variance = log_variance.clamp(-30, 20)
         kl = 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance).mean()
         return F.mse_loss(self.decode(self.sample(moments, noise)), images) + self.KL_WEIGHT * kl
 
 
-def save_tokenizers(path, vq, kl, size):
-    """Both tokenizers in one file; `size` is the side in pixels of the pictures they are for."""
-    save_atomically({"size": size, "vq_config": asdict(vq.config), "vq": vq.state_dict(),
-                     "kl_config": asdict(kl.config), "kl": kl.state_dict(), "scale": kl.scale}, path)
+def save_tokenizers(path, vq, kl, size, run):
+    """Both tokenizers in one file; `size` is the side in pixels of the pictures they are for, `run` what they were made from."""
+    content = {"size": size, "run": run, "vq_config": asdict(vq.config), "vq": vq.state_dict(),
+               "kl_config": asdict(kl.config), "kl": kl.state_dict(), "scale": kl.scale}
+    write_atomically(path, lambda temporary: torch.save(content, temporary))
 
 
 def load_tokenizers(path, device="cpu"):
-    """(VQTokenizer, KLTokenizer, picture size) of a run, in eval mode. Raises InputError."""
+    """(VQTokenizer, KLTokenizer, picture size, run) as saved, in eval mode. Raises InputError."""
     file = read_checkpoint(path)
     try:
         vq, kl = VQTokenizer(TokenizerConfig(**file["vq_config"])), KLTokenizer(TokenizerConfig(**file["kl_config"]))
         vq.load_state_dict(file["vq"])
         kl.load_state_dict(file["kl"])
         kl.scale = float(file["scale"])
-    except (KeyError, TypeError, RuntimeError) as error:
-        raise InputError(f"{path}: not a tokenizers file of this project ({' '.join(str(error).split())[:200]})") from error
-    return vq.to(device).eval(), kl.to(device).eval(), file["size"]
+        return vq.to(device).eval(), kl.to(device).eval(), int(file["size"]), dict(file["run"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{path}: not a tokenizers file of this project ({str(error)[:200]})") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The token cache: every picture encoded once, original and mirrored
 # ---------------------------------------------------------------------------------------------------------------------
 
-KL16_SCALE = 0.2325  # what MAR's weights expect: KL-16 on ImageNet
+KL16_SCALE = 0.2325  # of KL-16 on ImageNet; MAR's weights expect latents multiplied by exactly this
 
 
 def batches(images, batch_size, workers, start=0, stride=1):
@@ -728,8 +781,7 @@ def batches(images, batch_size, workers, start=0, stride=1):
 
 @torch.no_grad()
 def measure_scale(kl, images, device, seed=0):
-    """1 / standard deviation of the latents of up to 2,048 pictures drawn at random. Within 5 % of KL-16's published
-    0.2325 it is that number, so that MAR's weights meet exactly the latents they were trained on."""
+    """1 / standard deviation of the latents of up to 2,048 pictures drawn at random. Raises InputError."""
     chosen = np.random.default_rng(seed).permutation(len(images))[:2048]
     total = torch.zeros(3, dtype=torch.float64)  # count, sum, sum of squares
     generator = torch.Generator().manual_seed(seed)
@@ -742,15 +794,15 @@ def measure_scale(kl, images, device, seed=0):
     scale = float((total[2] / total[0] - mean**2).rsqrt())
     if not math.isfinite(scale):
         raise InputError("the KL tokenizer's latents are constant or not finite: train it longer, or check --kl")
-    return KL16_SCALE if abs(scale / KL16_SCALE - 1) < 0.05 else scale
+    return scale
 
 
 @torch.no_grad()
-def encode_images(images, vq, kl, folder, meta, processes, batch_size=64, workers=0):
+def encode_images(images, vq, kl, folder, run, processes, batch_size=64, workers=0):
     """Encode a data set and its mirror image into the token cache `folder`:
 
         codes.npy   uint16  (2,N,h*w)      moments.npy float16 (2,N,h*w,2C)
-        labels.npy  int64   (N,)           meta.json   counts, grid, classes, scale and `meta`; written last
+        labels.npy  int64   (N,)           meta.json   counts, grid, classes, scale and `run`; written last
 
     The processes take turns in batches and write into the same files. Raises InputError when the grids of the two
     tokenizers differ or the folder cannot be written.
@@ -795,10 +847,9 @@ def encode_images(images, vq, kl, folder, meta, processes, batch_size=64, worker
         array.flush()
     processes.wait()
     if rank == 0:
-        meta = dict(meta, count=number, grid=list(code_grid), channels=kl.config.z_channels, scale=kl.scale,
+        meta = dict(run=run, count=number, grid=list(code_grid), channels=kl.config.z_channels, scale=kl.scale,
                     codebook_size=vq.config.codebook_size, classes=images.classes, size=size)
-        (folder / "meta.json.tmp").write_text(json.dumps(meta, indent=1))
-        os.replace(folder / "meta.json.tmp", folder / "meta.json")
+        write_atomically(folder / "meta.json", lambda temporary: temporary.write_text(json.dumps(meta, indent=1)))
     processes.wait()
 
 
@@ -808,18 +859,21 @@ class TokenCache:
     Raises InputError when the cache is unfinished or its files do not fit its meta.json."""
 
     def __init__(self, folder):
-        folder = Path(folder)
+        self.folder = folder = Path(folder)
         try:
             self.meta = json.loads((folder / "meta.json").read_text())
-            number, places = self.meta["count"], math.prod(self.meta["grid"])
+            number, places, channels = self.meta["count"], math.prod(self.meta["grid"]), self.meta["channels"]
             self.codes, self.moments, self.labels = (
                 np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ("codes", "moments", "labels"))
         except (OSError, KeyError, TypeError, ValueError, EOFError) as error:
             raise InputError(f"{folder}: the token cache is unfinished or damaged ({error}); "
                              "delete it and run train.py --stage 0") from error
         if (self.codes.shape, self.moments.shape, self.labels.shape) != (
-                (2, number, places), (2, number, places, 2 * self.meta["channels"]), (number,)):
+                (2, number, places), (2, number, places, 2 * channels), (number,)):
             raise InputError(f"{folder}: the arrays do not fit meta.json; delete the folder and run train.py --stage 0")
+
+    def __reduce__(self):
+        return TokenCache, (self.folder,)  # a worker process opens the files itself instead of receiving their content
 
     @property
     def identity(self):

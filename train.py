@@ -4,16 +4,17 @@
     python train.py --preset cifar --data cifar10.npz      real pictures, one GPU
     python train.py --stage 0 --preset B --data IMAGENET/train --vq vq_ds16_c2i.pt --kl kl16.ckpt       encode once
     torchrun --nproc_per_node=8 train.py --stage 1 --preset B                                           8 GPUs, one node
-    torchrun --nproc_per_node=8 --nnodes=2 --node_rank=0 --master_addr=HOST train.py --stage 2 --preset B
+    torchrun --nproc_per_node=8 --nnodes=2 --node_rank=0 --master_addr=HOST train.py --stage 2 --preset B     two nodes
 
 Everything goes to one run folder (--out): tokenizers.pt, tokens/, stage0.pt, stage1.pt, stage2.pt and a .csv log per stage.
 The same command again resumes. All three stages run through one loop (`fit`); a stage brings a model whose forward is
 its loss, and a function that reads a batch.
 
-Every random number of step k is drawn for the whole batch from a generator seeded by (seed, stage, k), and each process
-takes its slice: a resumed run equals an uninterrupted one, and the number of processes changes nothing but rounding.
+Every random number of step k but dropout's is drawn for the whole batch from a generator seeded by (seed, stage, k), and each
+process takes its slice: a resumed run equals an uninterrupted one, and the number of processes changes nothing but
+rounding (and dropout).
 
-Reading order: batches of the three stages, the loop, the stages, the command.
+Reading order: batches of the three stages, parts of the loop, the loop, the stages, the command.
 """
 import contextlib
 import csv
@@ -34,9 +35,10 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset
 
 from d2c import PRESETS, ContinuousConfig, ContinuousGenerator, DiscreteConfig, DiscreteGenerator
-from tokenizers import (InputError, KLTokenizer, Parser, Processes, TokenCache, TokenizerConfig, VQTokenizer, autocast,
-                        clock, encode_images, load_published, load_tokenizers, measure_scale, open_images, read_checkpoint,
-                        save_atomically, save_tokenizers, seed_of, to_float)
+from tokenizers import (KL16_SCALE, InputError, KLTokenizer, Parser, Processes, TokenCache, TokenizerConfig, VQTokenizer,
+                        autocast, clock, encode_images, load_published, load_tokenizers, measure_scale, not_negative,
+                        open_images, positive, read_checkpoint, save_tokenizers, seed_number, seed_of, to_float,
+                        write_atomically)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Batches: what a step needs, read and drawn
@@ -44,14 +46,17 @@ from tokenizers import (InputError, KLTokenizer, Parser, Processes, TokenCache, 
 
 
 def split_held_out(count, seed):
-    """(training, validation) indices of a data set: 1 % of the pictures, at most 5,000, are held out."""
+    """(training, validation) indices of a data set: 1 % of the pictures, at most 5,000, are held out. Raises InputError."""
+    if count < 2:
+        raise InputError("--data: needs at least two pictures, one of which is held out for validation")
     order = np.random.default_rng([seed, 1]).permutation(count)
-    held_out = max(1, min(count // 100, 5000)) if count > 1 else 0
+    held_out = max(1, min(count // 100, 5000))
     return order[held_out:], order[:held_out]
 
 
 @functools.lru_cache(maxsize=2)
 def epoch_order(count, seed, epoch):
+    """The order in which an epoch visits `count` pictures."""
     return np.random.default_rng([seed, 2, epoch]).permutation(count)
 
 
@@ -77,7 +82,7 @@ class Batches(Dataset):
 def read_pictures(images, latent_shape, chosen, part, generator):
     """Stage 0: pictures (b,3,S,S), half of them mirrored, and the KL tokenizer's noise (b,C,h,w)."""
     mirrored = torch.rand(len(chosen), generator=generator)[part] < 0.5
-    noise = torch.randn(len(chosen), *latent_shape, generator=generator)[part]
+    noise = torch.randn(len(chosen), *latent_shape, generator=generator)[part].clone()  # see read_latents
     pictures = to_float(torch.stack([torch.as_tensor(images[int(i)][0]) for i in chosen[part]]))
     return torch.where(mirrored[:, None, None, None], pictures.flip(3), pictures), noise
 
@@ -93,15 +98,17 @@ def read_codes(cache, chosen, part, generator):
 def read_latents(cache, noise_levels, code_noise, chosen, part, generator):
     """Stage 2: the arguments of ContinuousGenerator.forward. The share of hidden places follows MAR: a normal
     distribution around 1, cut to [0.7, 1], one draw for the batch. Class and codes are dropped together in 10 % of
-    samples, codes alone in 5 %, and a share `code_noise` of all codes is replaced by random ones."""
+    samples, for guidance; codes alone in 5 %, so that the class keeps its own meaning; and a share `code_noise` of all
+    codes is replaced by random ones."""
     batch, (places, double) = len(chosen), cache.moments.shape[2:]
     channels = double // 2
 
+    # A slice keeps the whole batch's memory alive, and a worker process would send all of it: hence the clones.
     def uniform(*shape):
-        return torch.rand(*shape, generator=generator)[part]
+        return torch.rand(*shape, generator=generator)[part].clone()
 
     def normal(*shape):
-        return torch.randn(*shape, generator=generator)[part]
+        return torch.randn(*shape, generator=generator)[part].clone()
 
     mirrored = torch.randint(2, (batch,), generator=generator)[part].numpy()
     ratio = nn.init.trunc_normal_(torch.empty(1), mean=1.0, std=0.25, a=0.7, b=1.0, generator=generator)
@@ -115,12 +122,12 @@ def read_latents(cache, noise_levels, code_noise, chosen, part, generator):
     dropped = uniform(batch)
     labels = torch.from_numpy(cache.labels[chosen[part]]).masked_fill(dropped < 0.1, -1)
     codes = codes.masked_fill(dropped[:, None] < 0.15, -1)
-    t = torch.randint(1000, (batch, hidden, noise_levels), generator=generator)[part]
+    t = torch.randint(1000, (batch, hidden, noise_levels), generator=generator)[part].clone()
     return latents, order[:, hidden:], order[:, :hidden], labels, codes, t, normal(batch, hidden, noise_levels, channels)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The loop
+# Parts of the loop
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -142,6 +149,17 @@ def stop_signals():
             signal.signal(number, handler)
 
 
+def agree_to_stop(received, step, processes):
+    """The signal to stop on, or 0. All processes must stop after the same step, so they ask each other at every tenth."""
+    if processes.size == 1:
+        return received[0] if received else 0
+    if step % 10:
+        return 0
+    told = torch.tensor(max(received, default=0), device=processes.device)
+    dist.all_reduce(told, dist.ReduceOp.MAX)
+    return int(told)
+
+
 def learning_rate(step, steps, peak, warmup, decay):
     """Linear warm-up, then constant, or a cosine to zero at `steps`."""
     if step < warmup:
@@ -157,31 +175,64 @@ def parameter_groups(model, weight_decay):
     return [dict(params=groups[True], weight_decay=weight_decay), dict(params=groups[False], weight_decay=0.0)]
 
 
+def check_run(path, before, run):
+    """What changes the meaning of a run must be as it was; None in `run` stands for whatever it was. Returns the run in
+    full. Raises InputError naming the difference."""
+    if not isinstance(before, dict):
+        raise InputError(f"{path}: not made by this project; move it away or choose another --out")
+    for name, value in run.items():
+        if value is not None and before.get(name) != value:
+            raise InputError(f"{path}: was made with {name} {before.get(name)}, this command has {name} {value}; "
+                             "use the same, or choose another --out")
+    return before
+
+
+LOG_COLUMNS = ["step", "loss", "validation", "learning_rate", "images_per_second", "seconds"]
+
+
+def write_log(path, log):
+    """The log as .csv, written whole: no row stands there twice after a resume."""
+    def write(temporary):
+        with open(temporary, "w", newline="") as file:
+            csv.writer(file).writerows([LOG_COLUMNS, *log])
+
+    write_atomically(path, write)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loop
+# ---------------------------------------------------------------------------------------------------------------------
+
+
 def fit(stage, model, train, validation, defaults, run, extra, args, processes):
-    """Train `model` (its forward is the loss) for `steps` steps, from the run's checkpoint if there is one.
+    """Train `model` (its forward is the loss) from the run's checkpoint, if there is one, up to the number of steps asked for.
 
     train, validation: Batches. defaults: the preset's training settings. run: what must not change between sessions.
     extra: stored in the checkpoint for sample.py. Returns the averaged (EMA) model.
     Raises InputError when a checkpoint does not fit the command, or when the loss is not finite.
     """
     device, path = processes.device, Path(args.out) / f"stage{stage}.pt"
-    steps, peak = args.steps or defaults["steps"], args.lr or defaults["lr"]
+    steps = args.steps or defaults["steps"]
+    peak = defaults["lr"] * train.batch_size / defaults["batch_size"] if args.lr is None else args.lr
+    if train.batch_size % (processes.size * args.accumulate):
+        raise InputError(f"--batch-size {train.batch_size}: must be divisible by processes x --accumulate = "
+                         f"{processes.size} x {args.accumulate}")
     model = model.to(device)
     average = AveragedModel(model)
+    average.n_averaged.fill_(1)  # else its first update copies the model instead of averaging
     optimizer = torch.optim.AdamW(parameter_groups(model, defaults["weight_decay"]), lr=peak, betas=(0.9, 0.95),
                                   fused=device.type == "cuda")
     start, log = 0, []
     if path.exists():
         file = read_checkpoint(path)
-        check_run(path, file, run)
+        run = check_run(path, file.get("run"), run)
         try:
             model.load_state_dict(file["model"])
             average.module.load_state_dict(file["ema"])
             optimizer.load_state_dict(file["optimizer"])
             start, log = file["step"], file["log"]
         except (KeyError, RuntimeError, ValueError) as error:
-            raise InputError(f"{path}: does not fit this stage ({' '.join(str(error).split())[:300]})") from error
-        average.n_averaged.fill_(start)
+            raise InputError(f"{path}: does not fit this stage ({str(error)[:300]})") from error
         del file
         if start >= steps:
             processes.say(f"stage {stage}: finished ({start} steps); a larger --steps continues")
@@ -190,100 +241,88 @@ def fit(stage, model, train, validation, defaults, run, extra, args, processes):
 
     def save(step):
         if processes.rank == 0:
-            save_atomically(dict(extra, run=run, stage=stage, step=step, log=log, model=model.state_dict(),
-                                 ema=average.module.state_dict(), optimizer=optimizer.state_dict()), path)
-            with open(path.with_suffix(".csv"), "w", newline="") as file:  # written whole: no row twice after a resume
-                csv.writer(file).writerows([LOG_COLUMNS, *log])
+            content = dict(extra, run=run, stage=stage, step=step, log=log, model=model.state_dict(),
+                           ema=average.module.state_dict(), optimizer=optimizer.state_dict())
+            write_atomically(path, lambda temporary: torch.save(content, temporary))
+            write_log(path.with_suffix(".csv"), log)
         processes.wait()
+
+    def parts(batch):
+        """A batch on the device, split for accumulation: a list of argument tuples."""
+        return list(zip(*(x.to(device, non_blocking=True).chunk(args.accumulate) for x in batch)))
+
+    held_out = parts(validation[Batches.VALIDATION_STEP])
 
     @torch.no_grad()
     def validate():
         """Loss of the averaged weights on held-out pictures."""
         average.module.eval()
         with autocast(device, args.dtype):
-            loss = average.module(*(x.to(device) for x in validation[Batches.VALIDATION_STEP]))
-        return processes.mean(loss)
+            losses = torch.stack([average.module(*part) for part in held_out])
+        return processes.mean(losses.mean()).item()
 
     model.checkpointing = args.checkpointing
+    if args.compile:
+        model.compile()
     trained = model
     if processes.size > 1:
-        trained = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
-    if device.type == "cuda" if args.compile is None else args.compile:
-        trained = torch.compile(trained)
-    parameters = sum(p.numel() for p in model.parameters())
-    processes.say(f"stage {stage}: {parameters / 1e6:.2f} M parameters, {len(train.indices)} pictures, {steps} steps of "
-                  f"{train.batch_size}, {processes.size} process{'es' if processes.size > 1 else ''} on {device}")
-    loader = DataLoader(train, batch_size=None, sampler=range(start, steps), pin_memory=device.type == "cuda",
-                        num_workers=(4 if device.type == "cuda" else 0) if args.workers is None else args.workers)
+        trained = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None, broadcast_buffers=False)
+    processes.say(f"stage {stage}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(train.indices)} pictures, "
+                  f"{steps} steps of {train.batch_size}, {processes.size} process{'es' if processes.size > 1 else ''} on {device}")
+    loader = DataLoader(train, batch_size=None, sampler=range(start, steps), num_workers=args.workers, pin_memory=device.type == "cuda")
     log_every = args.log_every or max(1, min(100, steps // 20))
-    losses, began, last = [], time.time(), time.time()  # losses stay on the device until they are logged
+    losses, saved = [], start  # losses stay on the device until they are logged
+    began = last = time.time()
     earlier = log[-1][-1] if log else 0.0
-    with stop_signals() as stopping:
+    with stop_signals() as received:
         for step, batch in zip(range(start, steps), loader):
             torch.manual_seed(seed_of(args.seed, stage, step, processes.rank))  # dropout
             rate = learning_rate(step, steps, peak, defaults["warmup"], defaults["decay"])
             for group in optimizer.param_groups:
                 group["lr"] = rate
             model.train()
-            batch = [x.to(device, non_blocking=True).chunk(args.accumulate) for x in batch]
-            for k, micro in enumerate(zip(*batch)):
-                last_micro = k == args.accumulate - 1
-                with autocast(device, args.dtype), contextlib.nullcontext() if last_micro or processes.size == 1 else trained.no_sync():
-                    loss = trained(*micro) / args.accumulate
+            micro_batches = parts(batch)
+            for k, micro_batch in enumerate(micro_batches):
+                waits = processes.size > 1 and k < len(micro_batches) - 1  # gradients travel once per step
+                with trained.no_sync() if waits else contextlib.nullcontext():
+                    with autocast(device, args.dtype):
+                        loss = trained(*micro_batch) / args.accumulate
                     loss.backward()
                 losses.append(loss.detach())
-            nn.utils.clip_grad_norm_(model.parameters(), defaults["clip"])
+            nn.utils.clip_grad_norm_(model.parameters(), defaults["grad_clip"])
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             if hasattr(model, "after_step"):  # stage 0: dead codes
-                model.after_step(processes, torch.Generator().manual_seed(seed_of(args.seed, stage, step, 2**31)))
+                model.after_step(processes, torch.Generator().manual_seed(seed_of(args.seed, stage, step, 0, 0)))
             decay = min(defaults["ema"], (1 + step) / (10 + step))  # a young average forgets its random start quickly
             average.multi_avg_fn = get_ema_multi_avg_fn(decay)
             average.update_parameters(model)
 
             done = step + 1
-            if processes.size > 1 and done % 10 == 0:  # all processes must stop at the same step
-                told = torch.tensor([max(stopping, default=0)], device=device)
-                dist.all_reduce(told, dist.ReduceOp.MAX)
-                stop = int(told)
-            else:
-                stop = stopping[0] if stopping and processes.size == 1 else 0
-            if done % log_every == 0 or done % args.save_every == 0 or done == steps or stop:
-                history = torch.stack(losses).view(-1, args.accumulate).sum(1)
-                losses = []
-                if not history.isfinite().all():
-                    at = done - len(history) + int((~history.isfinite()).nonzero()[0])
-                    kept = f"{path} (step {start if not log else log[-1][0]}) is kept" if path.exists() else "nothing was saved yet"
+            stop = agree_to_stop(received, done, processes)
+            save_now = done % args.save_every == 0 or done == steps or stop
+            if done % log_every == 0 or save_now:
+                history = processes.mean(torch.stack(losses).view(-1, args.accumulate).sum(1)).cpu()   # a loss per step
+                losses, held_out_loss = [], validate()
+                if not (history.isfinite().all() and math.isfinite(held_out_loss)):
+                    at = done - len(history) + (history.isfinite().tolist() + [False]).index(False)
+                    kept = f"{path} (step {saved}) is as it was" if saved else "Nothing was saved yet"
                     raise InputError(f"stage {stage}: the loss is not finite at step {at} (learning rate {rate:.2e}); most likely "
-                                     f"the rate is too high: try --lr {peak / 3:.1e}. The last good checkpoint {kept}")
-                speed = len(history) * train.batch_size / (time.time() - last)
-                row = [done, round(processes.mean(history.mean()), 5), round(validate(), 5), float(f"{rate:.4g}"),
-                       round(speed, 1), round(earlier + time.time() - began, 1)]
-                log.append(row)
-                eta = (steps - done) * (time.time() - began) / (done - start)
-                processes.say(f"stage {stage}  step {done}/{steps}  loss {row[1]:.4f}  validation {row[2]:.4f}  rate {rate:.2e}  "
-                              f"{speed:.0f} images/s  ETA {clock(eta)}")
-                last = time.time()
-            if done % args.save_every == 0 or done == steps or stop:
+                                     f"the rate is too high: try --lr {peak / 3:.1e}. {kept}")
+                now = time.time()
+                speed = len(history) * train.batch_size / (now - last)
+                last = now
+                log.append([done, round(float(history.mean()), 5), round(held_out_loss, 5), float(f"{rate:.4g}"),
+                            round(speed, 1), round(earlier + now - began, 1)])
+                processes.say(f"stage {stage}  step {done}/{steps}  loss {log[-1][1]:.4f}  validation {held_out_loss:.4f}  "
+                              f"rate {rate:.2e}  {speed:.0f} images/s  ETA {clock((steps - done) * (now - began) / (done - start))}")
+            if save_now:
                 save(done)
+                saved = done
             if stop:
                 processes.say(f"stopped after step {done} and saved {path}; run the same command again to go on")
                 raise SystemExit(128 + stop)
     return average.module
-
-
-LOG_COLUMNS = ["step", "loss", "validation", "learning_rate", "images_per_second", "seconds"]
-
-
-def check_run(path, file, run):
-    """A checkpoint belongs to one run: whatever changes the run's meaning must be as it was. Raises InputError."""
-    before = file.get("run")
-    if not isinstance(before, dict):
-        raise InputError(f"{path}: not a checkpoint of this project; move it away or choose another --out")
-    for name, value in run.items():
-        if before.get(name) != value:
-            raise InputError(f"{path}: was made with {name} {before.get(name)}, this command has {name} {value}; "
-                             "use the same, or choose another --out")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -299,86 +338,36 @@ class Tokenizers(nn.Module):
     def __init__(self, vq, kl):
         super().__init__()
         self.vq, self.kl = vq, kl
+        self.seen = []  # codes and encoder outputs of the current step, for after_step
         self.register_buffer("unused", torch.zeros(vq.config.codebook_size, dtype=torch.int64))
 
     def forward(self, pictures, noise):
         loss, codes, z = self.vq(pictures)
-        self.seen = codes.detach().flatten(), z.detach().permute(0, 2, 3, 1).flatten(0, 2)   # (bhw,), (bhw,code_dim)
+        if self.training:
+            self.seen.append((codes.detach().flatten(), z.detach().permute(0, 2, 3, 1).flatten(0, 2)))  # (bhw,), (bhw,code_dim)
         return loss + self.kl(pictures, noise)
 
     @torch.no_grad()
     def after_step(self, processes, generator):
         """Move codes that no place chose for some time onto encoder outputs of this batch (after the optimizer's step,
         which would move them again)."""
-        codes, z = (processes.gather(x) for x in self.seen)
+        codes, z = (processes.gather(torch.cat(x)) for x in zip(*self.seen))
+        self.seen = []
         self.unused += 1
         self.unused[codes] = 0
-        dead = (self.unused >= self.PATIENCE).nonzero()[:, 0]
-        dead = dead[:len(z)]
+        dead = (self.unused >= self.PATIENCE).nonzero()[:len(z), 0]
         chosen = torch.randperm(len(z), generator=generator)[:len(dead)].to(z.device)
         self.vq.quantize["embedding"].weight[dead] = z[chosen]
         self.unused[dead] = 0
 
 
-def make_tokenizers(args, preset, images, processes):
-    """The run's tokenizers: published ones (--vq, --kl), or trained here. Writes tokenizers.pt."""
-    path = Path(args.out) / "tokenizers.pt"
-    if path.exists() and not args.vq and not retrain_wanted(args):
-        return load_tokenizers(path, processes.device)[:2]  # only the cache was missing
-    if args.vq and args.kl:
-        vq = load_published(VQTokenizer.from_published, args.vq).to(processes.device).eval()
-        kl = load_published(KLTokenizer.from_published, args.kl).to(processes.device).eval()
-    elif preset["vq"] is None:
-        raise InputError(f"preset {args.preset} uses the published tokenizers: give both --vq FILE and --kl FILE")
-    else:
-        torch.manual_seed(args.seed)
-        vq, kl = VQTokenizer(TokenizerConfig(**preset["vq"])), KLTokenizer(TokenizerConfig(**preset["kl"]))
-        defaults = preset["train"][0]
-        batch_size = args.batch_size or defaults["batch_size"]
-        factor = kl.config.patch * 2 ** (len(kl.config.multipliers) - 1)
-        latent_shape = (kl.config.z_channels, preset["size"] // factor, preset["size"] // factor)
-        read = functools.partial(read_pictures, images, latent_shape)
-        train, held_out = split_held_out(len(images), args.seed)
-        batches = [Batches(read, indices, batch_size, 0, args.seed, processes) for indices in (train, held_out)]
-        run = dict(preset=args.preset, data=data_name(args.data), seed=args.seed, batch_size=batch_size)
-        trained = fit(0, Tokenizers(vq, kl), *batches, defaults, run, {}, args, processes)
-        vq, kl = trained.vq.eval(), trained.kl.eval()
-    kl.scale = measure_scale(kl, images, processes.device, args.seed)
-    if processes.rank == 0:
-        save_tokenizers(path, vq, kl, preset["size"])
-    processes.wait()
-    return vq, kl
-
-
-def data_name(data):
-    return data if data == "shapes" else str(Path(data).resolve())
-
-
-def stage0(args, preset, processes):
-    """Tokenizers and token cache, each unless it is there."""
-    cache = Path(args.out) / "tokens"
-    if (cache / "meta.json").exists() and not retrain_wanted(args):
-        meta = TokenCache(cache).meta
-        if args.data and meta["data"] != data_name(args.data):
-            raise InputError(f"{cache}: made from {meta['data']}, not from --data {args.data}; choose another --out")
-        if meta["preset"] != args.preset:
-            raise InputError(f"{cache}: made with preset {meta['preset']}, not {args.preset}; choose another --out")
-        if args.stage in (None, 0):
-            processes.say(f"stage 0: finished ({meta['count']} pictures encoded in {cache})")
-        return
-    if args.stage in (1, 2):
-        processes.say(f"stage {args.stage} needs the token cache {cache}, which is not there yet: building it (stage 0)")
-    args.data = args.data or ("shapes" if args.preset == "demo" else None)
-    if args.data is None:
-        raise InputError(f"preset {args.preset} needs --data: a folder of class folders, an .npz, or shapes")
-    images = open_images(args.data, preset["size"], args.seed)
-    vq, kl = make_tokenizers(args, preset, images, processes)
-    encode_images(images, vq, kl, cache, dict(data=data_name(args.data), preset=args.preset, seed=args.seed), processes,
-                  workers=args.workers or 0)
+def file_name(path):
+    """How a run remembers a file or data set: by its full path (None: not given)."""
+    return path if path in (None, "shapes") else str(Path(path).resolve())
 
 
 def retrain_wanted(args):
-    """`--stage 0 --steps MORE` trains existing tokenizers further, unless weights already build on their tokens."""
+    """`--stage 0 --steps MORE` trains existing tokenizers further. Raises InputError when weights already build on them."""
     out = Path(args.out)
     if args.stage != 0 or not args.steps or not (out / "stage0.pt").exists():
         return False
@@ -390,16 +379,75 @@ def retrain_wanted(args):
     return True
 
 
+def make_tokenizers(args, preset, images, run, processes):
+    """(VQTokenizer, KLTokenizer) of the run: those it has, published ones (--vq, --kl), or trained here; in tokenizers.pt."""
+    path, device = Path(args.out) / "tokenizers.pt", processes.device
+    if path.exists() and not retrain_wanted(args):
+        vq, kl, _, before = load_tokenizers(path, device)
+        check_run(path, before, run)
+        return vq, kl
+    if args.vq:
+        vq = load_published(VQTokenizer.from_published, args.vq).to(device).eval()
+        kl = load_published(KLTokenizer.from_published, args.kl).to(device).eval()
+    else:
+        torch.manual_seed(seed_of(args.seed, 0))
+        vq, kl = VQTokenizer(TokenizerConfig(**preset["vq"])), KLTokenizer(TokenizerConfig(**preset["kl"]))
+        defaults = preset["train"][0]
+        batch_size = args.batch_size or defaults["batch_size"]
+        factor = kl.config.patch * 2 ** (len(kl.config.multipliers) - 1)
+        latent_shape = (kl.config.z_channels, preset["size"] // factor, preset["size"] // factor)
+        read = functools.partial(read_pictures, images, latent_shape)
+        train, held_out = split_held_out(len(images), args.seed)
+        batches = [Batches(read, indices, batch_size, 0, args.seed, processes) for indices in (train, held_out)]
+        trained = fit(0, Tokenizers(vq, kl), *batches, defaults, dict(run, batch_size=batch_size), {}, args, processes)
+        vq, kl = trained.vq.eval(), trained.kl.eval()
+    kl.scale = measure_scale(kl, images, device, args.seed)
+    if args.kl and abs(kl.scale / KL16_SCALE - 1) < 0.05:
+        kl.scale = KL16_SCALE  # KL-16 on something like ImageNet: keep what MAR's weights were trained on, to the digit
+    if processes.rank == 0:
+        (Path(args.out) / "tokens" / "meta.json").unlink(missing_ok=True)  # a cache of other tokenizers counts no longer
+        save_tokenizers(path, vq, kl, preset["size"], run)
+    processes.wait()
+    return vq, kl
+
+
+def stage0(args, preset, processes):
+    """Tokenizers and token cache, each unless it is there. Raises InputError."""
+    cache = Path(args.out) / "tokens"
+    run = dict(preset=args.preset, data=file_name(args.data), seed=args.seed, vq=file_name(args.vq), kl=file_name(args.kl))
+    if (cache / "meta.json").exists() and not retrain_wanted(args):
+        meta = TokenCache(cache).meta
+        check_run(cache, meta.get("run"), run)
+        if args.stage in (None, 0):
+            processes.say(f"stage 0: finished ({meta['count']} pictures encoded in {cache})")
+        return
+    if args.stage in (1, 2):
+        processes.say(f"stage {args.stage} needs the token cache {cache}, which is not there yet: building it (stage 0)")
+    data = args.data or ("shapes" if args.preset == "demo" else None)
+    if data is None:
+        raise InputError(f"preset {args.preset} needs --data: a folder of class folders, an .npz, or shapes")
+    if preset["vq"] is None and not args.vq and not (Path(args.out) / "tokenizers.pt").exists():
+        raise InputError(f"preset {args.preset} uses the published tokenizers: give both --vq FILE and --kl FILE")
+    if not processes.one_node:
+        raise InputError("the token cache must be built on one node (its processes share files): run --stage 0 there first")
+    run["data"] = file_name(data)
+    images = open_images(data, preset["size"], args.seed)
+    vq, kl = make_tokenizers(args, preset, images, run, processes)
+    encode_images(images, vq, kl, cache, run, processes, workers=args.workers)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Stages 1 and 2: the generators
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def train_generator(stage, args, preset, processes):
-    cache = TokenCache(Path(args.out) / "tokens")
+    """Stage 1 or 2 on the token cache. Raises InputError."""
+    out = Path(args.out)
+    cache = TokenCache(out / "tokens")
     meta, defaults = cache.meta, preset["train"][stage]
     batch_size = args.batch_size or defaults["batch_size"]
-    run = dict(preset=args.preset, seed=args.seed, batch_size=batch_size, tokens=cache.identity)
+    run = dict(preset=args.preset, seed=args.seed, batch_size=batch_size, tokens=cache.identity, init=file_name(args.init))
     common = dict(num_classes=len(meta["classes"]), grid=tuple(meta["grid"]), codebook_size=meta["codebook_size"])
     torch.manual_seed(seed_of(args.seed, stage))
     if stage == 1:
@@ -410,14 +458,14 @@ def train_generator(stage, args, preset, processes):
         run.update(fusion=fusion, code_noise=args.code_noise)
         model = ContinuousGenerator(ContinuousConfig(**common, **preset["stage2"], channels=meta["channels"], fusion=fusion))
         if fusion != "none":
-            model.start_fusion(load_tokenizers(Path(args.out) / "tokenizers.pt")[0].codebook())
+            model.start_fusion(load_tokenizers(out / "tokenizers.pt")[0].codebook())
         read = functools.partial(read_latents, cache, model.config.noise_levels, args.code_noise)
-    if args.init and not (Path(args.out) / f"stage{stage}.pt").exists():
+    if args.init and not (out / f"stage{stage}.pt").exists():
         load_published(model.load_published, args.init, prefer_ema=args.init_ema)
         processes.say(f"stage {stage}: starting from {args.init}")
     train, held_out = split_held_out(len(cache.labels), args.seed)
     batches = [Batches(read, indices, batch_size, stage, args.seed, processes) for indices in (train, held_out)]
-    extra = dict(config=asdict(model.config), classes=meta["classes"])
+    extra = dict(config=asdict(model.config), classes=meta["classes"], scale=meta["scale"])
     fit(stage, model, *batches, defaults, run, extra, args, processes)
 
 
@@ -427,11 +475,6 @@ def train_generator(stage, args, preset, processes):
 
 
 def parse(argv):
-    def positive(text):
-        if (value := int(text)) < 1:
-            raise ValueError
-        return value
-
     parser = Parser(prog="train.py", description="Train D2C; without --stage, every stage that is not finished.")
     add = parser.add_argument
     add("--stage", type=int, choices=(0, 1, 2), help="0 tokenizers and token cache, 1 discrete, 2 continuous generator")
@@ -446,17 +489,17 @@ def parse(argv):
     choice.add_argument("--init-ema", action="store_true", default=True, help="the averaged weights of --init (default)")
     choice.add_argument("--init-raw", action="store_false", dest="init_ema", help="the raw weights of --init")
     add("--steps", type=positive, help="training steps of each stage that runs")
-    add("--batch-size", type=positive, help="pictures per step, over all processes")
+    add("--batch-size", type=positive, help="pictures per step, over all processes; the default rate scales with it")
     add("--accumulate", type=positive, default=1, help="split each process's share of a step into so many parts")
-    add("--lr", type=float, help="peak learning rate")
-    add("--code-noise", type=float, default=0.0, help="stage 2: share of codes replaced by random ones")
+    add("--lr", type=not_negative, help="peak learning rate")
+    add("--code-noise", type=not_negative, default=0.0, help="stage 2: share of codes replaced by random ones")
     add("--checkpointing", action="store_true", help="recompute activations: less memory, about a third slower")
     add("--workers", type=int, help="processes that read data (default 4 on CUDA, else 0)")
     add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
     add("--dtype", choices=("auto", "bf16", "float32"), default="auto", help="of matrix products (auto: bf16 on CUDA)")
     add("--compile", action="store_true", default=None, help="torch.compile (default on CUDA)")
     add("--no-compile", action="store_false", dest="compile")
-    add("--seed", type=int, default=0)
+    add("--seed", type=seed_number, default=0)
     add("--log-every", type=positive, help="steps between progress lines (default a twentieth, at most 100)")
     add("--save-every", type=positive, default=500, help="steps between checkpoints")
     args = parser.parse_args(argv)
@@ -465,42 +508,32 @@ def parse(argv):
         parser.error("--init needs --stage 1 or --stage 2")
     if bool(args.vq) != bool(args.kl):
         parser.error("--vq and --kl belong together: give both files")
-    if not 0 <= args.code_noise <= 1:
+    if args.code_noise > 1:
         parser.error(f"--code-noise is a share, between 0 and 1, not {args.code_noise}")
-    if args.seed < 0:
-        parser.error("--seed must not be negative")
+    if args.workers is not None and args.workers < 0:
+        parser.error(f"--workers must not be negative, not {args.workers}")
     return parser, args
 
 
 def main(argv=None):
     parser, args = parse(argv)
-    processes = None
-    try:
-        preset = PRESETS[args.preset]
+    with parser.plain_errors():
         processes = Processes(args.device)
+        on_cuda = processes.device.type == "cuda"
+        args.workers = (4 if on_cuda else 0) if args.workers is None else args.workers
+        args.compile = on_cuda if args.compile is None else args.compile
         torch.set_float32_matmul_precision("high")  # TF32 where bf16 is not used
-        for stage in (0, 1, 2) if args.stage is None else (args.stage,):
-            batch_size = args.batch_size or preset["train"].get(stage, preset["train"][1])["batch_size"]
-            if batch_size % (processes.size * args.accumulate):
-                raise InputError(f"--batch-size {batch_size} must be divisible by processes x --accumulate = "
-                                 f"{processes.size} x {args.accumulate}")
         try:
             Path(args.out).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"--out {args.out}: cannot be made a folder ({error}); choose another") from error
-        stage0(args, preset, processes)
+        stage0(args, PRESETS[args.preset], processes)
         for stage in (1, 2):
             if args.stage in (None, stage):
-                train_generator(stage, args, preset, processes)
+                train_generator(stage, args, PRESETS[args.preset], processes)
         if args.stage is None:
             processes.say(f"done: python sample.py --run {args.out}")
-    except InputError as error:
-        parser.error(error)
-    except KeyboardInterrupt:
-        parser.exit(130, "interrupted; run the same command again to go on\n")
-    finally:
-        if processes:
-            processes.end()
+        processes.end()
 
 
 if __name__ == "__main__":

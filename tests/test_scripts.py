@@ -290,6 +290,7 @@ def test_bad_sampling(run, tmp_path, capsys):
     refused(sample.main, [*base, "--out", tmp_path / "a.gif"], capsys, "a.gif", ".png")
     (tmp_path / "file").write_text("")
     refused(sample.main, [*base, "--out", tmp_path / "file" / "a.png"], capsys, "--out", "cannot be written")
+    refused(sample.main, [*base, "--out", tmp_path], capsys, "must end in")
     refused(sample.main, ["--run", tmp_path / "nothing"], capsys, "tokenizers.pt", "--stage 0")
     refused(sample.main, ["--stage2", run / "stage2.pt"], capsys, "--kl")
     refused(sample.main, [*base, "--reconstruct", tmp_path / "file"], capsys, "not a readable image")
@@ -329,7 +330,7 @@ def test_stages_of_different_tokens(run, capsys):
 
 def test_what_changes_the_meaning_of_a_run_must_match(run, data, capsys):
     before, base = contents(run), ["--preset", "tiny", "--data", data, "--out", run, "--steps", "40"]
-    refused(train.main, ["--preset", "demo", "--out", run], capsys, "preset tiny, not demo", "--out")
+    refused(train.main, ["--preset", "demo", "--out", run], capsys, "preset tiny", "preset demo", "--out")
     refused(train.main, [*base, "--seed", "1", "--stage", "1"], capsys, "seed 0", "seed 1")
     refused(train.main, [*base, "--batch-size", "4", "--stage", "2"], capsys, "batch_size 8", "batch_size 4")
     refused(train.main, [*base, "--fusion", "none", "--stage", "2"], capsys, "fusion cross", "fusion none")
@@ -382,6 +383,8 @@ def test_bad_data(tmp_path, capsys):
     (tmp_path / "folder" / "cat").mkdir()
     refuse(tmp_path / "folder", "hold no images")
     (tmp_path / "folder" / "cat" / "broken.png").write_bytes(b"no picture")
+    refuse(tmp_path / "folder", "two pictures")
+    Image.fromarray(images[0]).save(tmp_path / "folder" / "cat" / "fine.png")
     refuse(tmp_path / "folder", "broken.png", "not a readable image")
 
 
@@ -440,5 +443,5 @@ class Bomb:
 def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(run, capsys):
     before = (run / "stage1.pt").read_bytes()
     refused(train.main, ["--preset", "tiny", "--out", run, "--stage", "1", "--steps", "40", "--lr", "1e30"], capsys,
-            "not finite at step 3", "learning rate", "--lr", "is kept")
+            "not finite at step 3", "learning rate", "--lr", "(step 30) is as it was")
     assert (run / "stage1.pt").read_bytes() == before
