@@ -212,6 +212,24 @@ def test_imagenet_presets_are_the_published_trunks():
                 assert round(sum(p.numel() for p in model.parameters()) / 1e6, 1) == expected
 
 
+def test_compiled_training_uses_the_same_tables():
+    """The schedule is float64 arithmetic, which a compiler would redo in float32."""
+    denoiser, x = adapters.draw_parameters(d2c.Denoiser(4, 32, 1, 8), 0), torch.randn(64, 4)
+    arguments = (x, torch.arange(64) * 15, torch.randn(64, 4), torch.randn(64, 8))
+    compiled = torch.compile(d2c.diffusion_loss, backend="aot_eager")
+    torch.testing.assert_close(compiled(denoiser, *arguments), d2c.diffusion_loss(denoiser, *arguments), rtol=1e-6, atol=1e-6)
+
+
+def test_trained_fusion_survives_loading():
+    """A whole checkpoint, queries included, is loaded as it is; one with half of its fusion is refused."""
+    state = continuous("qformer", seed=1).state_dict()
+    model = continuous("qformer", seed=2)
+    model.load_published(state)
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    with pytest.raises(RuntimeError, match="fusion.queries"):
+        model.load_published({key: value for key, value in state.items() if key != "fusion.queries"})
+
+
 def test_unknown_fusion():
     with pytest.raises(ValueError, match="cross, qformer or aligned"):
         fusion.make_fusion("mixed", 32, 2, 20)

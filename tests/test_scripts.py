@@ -18,7 +18,7 @@ from PIL import Image
 import d2c
 import sample
 import train
-from tokenizers import TokenCache
+from tokenizers import ImageFolder, TokenCache, seed_of
 
 TINY = Path(__file__).parent / "tiny.py"
 
@@ -231,6 +231,15 @@ def test_published_weights_start_a_stage(run, data, tmp_path, capsys):
     assert not started["fusion.out.weight"].abs().max() > 1e-6
 
 
+def test_bf16_runs_in_every_stage(arguments, tmp_path):
+    train.main([*arguments[:-4], "--steps", "2", "--dtype", "bf16"])
+    sample.main(["--run", arguments[5], "--num", "4", "--dtype", "bf16", "--out", str(tmp_path / "a.png")])
+
+
+def test_seeds_of_different_purposes_differ():
+    assert len({seed_of(*numbers) for numbers in ((0,), (0, 0), (0, 0, 0), (0, 1), (1, 0), (0, 1, 0), (0, 1, 0, 0))}) == 7
+
+
 # Sampling ------------------------------------------------------------------------------------------------------------
 
 
@@ -287,6 +296,7 @@ def test_bad_sampling(run, tmp_path, capsys):
     refused(sample.main, [*base, "--diffusion-steps", "1001"], capsys, "1000")
     refused(sample.main, [*base, "--num", "0"], capsys, "--num")
     refused(sample.main, [*base, "--top-p", "0"], capsys, "--top-p")
+    refused(sample.main, [*base, "--cfg1", "nan"], capsys, "--cfg1")
     refused(sample.main, [*base, "--out", tmp_path / "a.gif"], capsys, "a.gif", ".png")
     (tmp_path / "file").write_text("")
     refused(sample.main, [*base, "--out", tmp_path / "file" / "a.png"], capsys, "--out", "cannot be written")
@@ -350,6 +360,9 @@ def test_bad_flags(tmp_path, capsys):
     refused(train.main, [*base, "--init", "a.pt"], capsys, "--init needs --stage")
     refused(train.main, [*base, "--steps", "0"], capsys, "--steps")
     refused(train.main, [*base, "--code-noise", "2"], capsys, "--code-noise")
+    refused(train.main, [*base, "--lr", "-1"], capsys, "--lr")
+    refused(train.main, [*base, "--workers", "-1"], capsys, "--workers")
+    refused(train.main, [*base, "--seed", "99999999999999999999"], capsys, "--seed")
     if not torch.cuda.is_available():
         for main in (train.main, sample.main):
             refused(main, ["--device", "cuda"], capsys, "--device cuda")
@@ -386,6 +399,27 @@ def test_bad_data(tmp_path, capsys):
     refuse(tmp_path / "folder", "two pictures")
     Image.fromarray(images[0]).save(tmp_path / "folder" / "cat" / "fine.png")
     refuse(tmp_path / "folder", "broken.png", "not a readable image")
+
+
+def test_a_broken_image_in_a_worker_process(tmp_path, capsys):
+    (tmp_path / "data" / "cat").mkdir(parents=True)
+    for name in "abc":
+        (tmp_path / "data" / "cat" / f"{name}.jpg").write_bytes(b"no picture")
+    refused(train.main, ["--preset", "tiny", "--data", tmp_path / "data", "--out", tmp_path / "run", "--workers", "1"], capsys,
+            ".jpg", "not a readable image")
+
+
+def test_folders_of_all_kinds_of_images(tmp_path):
+    """Grey, palette, RGBA, 16-bit and CMYK pictures of any size; a hidden folder is no class, an empty one keeps its id."""
+    root = tmp_path / "data"
+    for folder in (".cache", "ant", "bee", "cat"):
+        (root / folder).mkdir(parents=True)
+    for k, mode in enumerate(("L", "P", "RGBA", "I;16", "RGB", "CMYK")):
+        image = Image.new(mode, (20 + k, 30)) if mode == "I;16" else Image.new("RGB", (20 + k, 30), "red").convert(mode)
+        image.save(root / ("ant" if k % 2 else "cat") / f"{k}.{'jpg' if mode == 'CMYK' else 'png'}")
+    images = ImageFolder(root, 16)
+    assert images.classes == ["ant", "bee", "cat"] and [label for _, label in images.files] == [0, 0, 0, 2, 2, 2]
+    assert all(images[i][0].shape == (16, 16, 3) and images[i][0].dtype == np.uint8 for i in range(6))
 
 
 def test_unequal_token_grids(tmp_path, data, monkeypatch, capsys):
@@ -441,7 +475,10 @@ class Bomb:
 
 
 def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(run, capsys):
-    before = (run / "stage1.pt").read_bytes()
-    refused(train.main, ["--preset", "tiny", "--out", run, "--stage", "1", "--steps", "40", "--lr", "1e30"], capsys,
-            "not finite at step 3", "learning rate", "--lr", "(step 30) is as it was")
+    """And what is saved before the first bad step is finite, even when every step is saved."""
+    before, command = (run / "stage1.pt").read_bytes(), ["--preset", "tiny", "--out", run, "--stage", "1", "--steps", "40"]
+    refused(train.main, [*command, "--lr", "1e30"], capsys, "not finite at step 3", "learning rate", "--lr", "(step 30) is as it was")
     assert (run / "stage1.pt").read_bytes() == before
+    refused(train.main, [*command, "--lr", "1e30", "--save-every", "1"], capsys, "not finite at step 3")
+    file = load(run / "stage1.pt")
+    assert all(value.isfinite().all() for part in ("model", "ema") for value in file[part].values())
