@@ -582,7 +582,8 @@ class ContinuousGenerator(nn.Module):
                  clip=math.inf, generator=None, orders=None, draw=None, denoiser=None):
         """labels (B,), codes (B,N) unless fusion is "none" -> latents (B,N,C), scaled as in training.
 
-        clip: see diffusion_sample. orders (B,N), permutations; drawn unless given. draw(rows, C) supplies the noise; standard normal unless given.
+        clip: see diffusion_sample. orders (B,N), permutations; drawn unless given. draw(rows, C) supplies the noise; standard
+        normal unless given.
         denoiser replaces the diffusion network (for tests with a known one).
         """
         number, channels, device = math.prod(self.config.grid), self.config.channels, labels.device
@@ -654,39 +655,51 @@ def generate(discrete, continuous, labels, cfg1=1.0, temperature1=1.0, top_k=0, 
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def training(steps, batch_size, lr, warmup, ema, weight_decay=0.0, decay="cosine", grad_clip=1.0):
+    """Settings of one stage's training; the learning rate is that of `batch_size`."""
+    return dict(steps=steps, batch_size=batch_size, lr=lr, warmup=warmup, ema=ema, weight_decay=weight_decay, decay=decay,
+                grad_clip=grad_clip)
+
+
 def imagenet_preset(stage1, stage2, cfg2):
-    """ImageNet-256: published tokenizers, the published trunks, the training settings of LlamaGen and MAR."""
+    """ImageNet-256: published tokenizers, the published trunks, the training settings of LlamaGen (300 epochs) and MAR (800
+    epochs, the first 100 of them warm-up)."""
     return dict(
         size=256, vq=None, kl=None, fusion="qformer", stage1=stage1, stage2=stage2,
-        train={1: dict(steps=1_500_000, batch_size=256, lr=1e-4, warmup=0, decay="constant", weight_decay=0.05, grad_clip=1.0, ema=0.9999),
-               2: dict(steps=500_000, batch_size=2048, lr=8e-4, warmup=62_500, decay="constant", weight_decay=0.02, grad_clip=3.0, ema=0.9999)},
-        sample=dict(cfg1=2.0, temperature1=1.0, cfg2=cfg2, temperature2=1.0, steps=64, diffusion_steps=100, clip=math.inf, batch_size=32))
+        train={1: training(1_500_000, 256, 1e-4, warmup=0, ema=0.9999, weight_decay=0.05, decay="constant"),
+               2: training(500_000, 2048, 8e-4, warmup=62_500, ema=0.9999, weight_decay=0.02, decay="constant", grad_clip=3.0)},
+        sample=dict(cfg1=2.0, temperature1=1.0, cfg2=cfg2, temperature2=1.0, steps=64, diffusion_steps=100, clip=math.inf,
+                    batch_size=32))
 
 
-# Small tokenizers work on patches with a linear skip around the network: at 32 pixels that is 30 times cheaper than
-# convolutions at full resolution. Small runs take few steps, hence high, decaying rates and a short EMA.
+# Small tokenizers work on patches, with a linear skip around the network: at 32 pixels that is far cheaper than
+# convolutions at full resolution. Small runs take few steps, hence high rates that decay, a short average, and `clip`.
 SMALL = dict(encoder_attention=False, num_res_blocks=1, linear_skip=True)
 PRESETS = {
     "demo": dict(
         size=32, fusion="cross",
-        vq=dict(z_channels=64, width=64, multipliers=(1, 1), patch=4, codebook_size=512, code_dim=8, **SMALL),
-        kl=dict(z_channels=48, width=64, multipliers=(1, 1), patch=4, **SMALL),
+        vq=dict(z_channels=64, width=32, multipliers=(1, 2), patch=4, codebook_size=512, code_dim=8, **SMALL),
+        kl=dict(z_channels=32, width=64, multipliers=(1,), patch=8, **SMALL),
         stage1=dict(width=128, depth=4, num_heads=4, dropout=0.0),
-        stage2=dict(width=128, encoder_depth=2, decoder_depth=2, num_heads=4, buffer_size=4, head_depth=3, head_width=160, dropout=0.0),
-        train={0: dict(steps=800, batch_size=64, lr=3e-3, warmup=50, decay="cosine", weight_decay=0.0, grad_clip=1.0, ema=0.99),
-               1: dict(steps=2000, batch_size=64, lr=3e-3, warmup=100, decay="cosine", weight_decay=0.05, grad_clip=1.0, ema=0.99),
-               2: dict(steps=3000, batch_size=64, lr=2e-3, warmup=100, decay="cosine", weight_decay=0.02, grad_clip=1.0, ema=0.99)},
-        sample=dict(cfg1=3.0, temperature1=0.8, cfg2=2.0, temperature2=1.0, steps=8, diffusion_steps=50, clip=5.0, batch_size=100)),
+        stage2=dict(width=128, encoder_depth=2, decoder_depth=2, num_heads=4, buffer_size=4, head_depth=3, head_width=192,
+                    dropout=0.0, fusion_depth=1),
+        train={0: training(300, 64, 3e-3, warmup=50, ema=0.99),
+               1: training(900, 64, 3e-3, warmup=100, ema=0.99, weight_decay=0.05),
+               2: training(800, 64, 2e-3, warmup=100, ema=0.99, weight_decay=0.02)},
+        sample=dict(cfg1=3.0, temperature1=0.8, cfg2=2.0, temperature2=1.0, steps=8, diffusion_steps=50, clip=5.0,
+                    batch_size=100)),
     "cifar": dict(
         size=32, fusion="cross",
-        vq=dict(z_channels=128, width=128, multipliers=(1, 2), patch=2, codebook_size=1024, code_dim=8, **SMALL),
-        kl=dict(z_channels=16, width=128, multipliers=(1, 2), patch=2, **SMALL),
-        stage1=dict(width=384, depth=8, num_heads=6, dropout=0.1),
-        stage2=dict(width=384, encoder_depth=6, decoder_depth=6, num_heads=6, buffer_size=16, head_depth=4, head_width=512, dropout=0.1),
-        train={0: dict(steps=10_000, batch_size=128, lr=1e-3, warmup=200, decay="cosine", weight_decay=0.0, grad_clip=1.0, ema=0.999),
-               1: dict(steps=30_000, batch_size=256, lr=1e-3, warmup=500, decay="cosine", weight_decay=0.05, grad_clip=1.0, ema=0.9995),
-               2: dict(steps=40_000, batch_size=256, lr=8e-4, warmup=500, decay="cosine", weight_decay=0.02, grad_clip=1.0, ema=0.9995)},
-        sample=dict(cfg1=1.5, temperature1=1.0, cfg2=2.0, temperature2=1.0, steps=16, diffusion_steps=50, clip=5.0, batch_size=256)),
+        vq=dict(z_channels=64, width=64, multipliers=(1,), patch=4, codebook_size=1024, code_dim=8, **SMALL),
+        kl=dict(z_channels=16, width=64, multipliers=(1,), patch=4, **SMALL),
+        stage1=dict(width=256, depth=6, num_heads=4, dropout=0.1),
+        stage2=dict(width=256, encoder_depth=4, decoder_depth=4, num_heads=4, buffer_size=16, head_depth=3, head_width=384,
+                    dropout=0.1),
+        train={0: training(10_000, 128, 1e-3, warmup=200, ema=0.999),
+               1: training(30_000, 128, 1e-3, warmup=500, ema=0.9995, weight_decay=0.05),
+               2: training(60_000, 128, 8e-4, warmup=500, ema=0.9995, weight_decay=0.02)},
+        sample=dict(cfg1=1.5, temperature1=1.0, cfg2=2.0, temperature2=1.0, steps=16, diffusion_steps=50, clip=5.0,
+                    batch_size=100)),
     "B": imagenet_preset(dict(width=768, depth=12, num_heads=12),
                          dict(width=768, encoder_depth=12, decoder_depth=12, num_heads=12, head_depth=6, head_width=1024), 2.9),
     "L": imagenet_preset(dict(width=1024, depth=24, num_heads=16),

@@ -195,7 +195,8 @@ class AlignedFusion(nn.Module):
 
 
 def make_fusion(kind, width, heads, length, depth=2, dropout=0.0):
-    """The module called `kind` (cross, qformer, aligned) for sequences of `length` = S + N slots. Raises ValueError for another kind."""
+    """The module called `kind` (cross, qformer, aligned) for sequences of `length` = S + N slots. Raises ValueError for
+    another kind."""
     if kind == "cross":
         return CrossAttentionFusion(width, heads, depth, dropout)
     if kind == "qformer":

@@ -395,19 +395,17 @@ class Shapes(Dataset):
         return np.asarray(image.reduce(over), np.float32)[..., None] / 255
 
     def texture(self, rng):
-        """A fine two-valued pattern, float (S,S,1) in [0,1], four or five periods across the picture."""
-        kind, angle = rng.integers(4), rng.uniform(0, np.pi)
-        period = self.size * rng.uniform(.2, .26)
-        y, x = np.mgrid[:self.size, :self.size] * (2 * np.pi / period) + rng.uniform(0, 2 * np.pi, (2, 1, 1))
-        u, v = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
+        """A fine two-valued pattern, float (S,S,1) in [0,1]: four waves across the picture, of random phase."""
+        y, x = np.mgrid[:self.size, :self.size] * (4 * 2 * np.pi / self.size) + rng.uniform(0, 2 * np.pi, (2, 1, 1))
+        kind = rng.integers(4)
         if kind == 0:
-            wave = np.sin(u)                                                      # stripes
+            wave = np.sin([x, y, x + y, x - y][rng.integers(4)])                  # stripes, straight or diagonal
         elif kind == 1:
-            wave = np.sin(u) * np.sin(v) * 1.5                                    # checks
+            wave = np.sin(x) * np.sin(y) * 1.5                                    # checks
         elif kind == 2:
-            wave = np.cos(u) + np.cos(v) - .6                                     # dots
-        else:                                                                     # noise: random cells of half a period
-            cells = rng.standard_normal((10, 10)).astype(np.float32)
+            wave = np.cos(x) + np.cos(y) - .6                                     # dots
+        else:                                                                     # noise: random cells of half a wave
+            cells = rng.standard_normal((8, 8)).astype(np.float32)
             wave = np.asarray(Image.fromarray(cells).resize((self.size,) * 2, Image.Resampling.BICUBIC))
         return (1 / (1 + np.exp(-4 * wave)))[..., None]
 
@@ -418,14 +416,13 @@ class Shapes(Dataset):
         def colour(hue, saturation, value):
             return np.array(colorsys.hsv_to_rgb(hue % 1, saturation, value))
 
-        light, dark = colour(hue, rng.uniform(.4, .7), 1), colour(hue, 1, rng.uniform(.4, .55))
+        light, dark = colour(hue, rng.uniform(.4, .7), 1), colour(hue, 1, rng.uniform(.5, .6))
         pattern = self.texture(rng)
         inside = light * pattern + dark * (1 - pattern)                           # (S,S,3)
-        slope, back = rng.uniform(0, 2 * np.pi), hue + rng.uniform(.3, .7)
+        slope, back, shade = rng.uniform(0, 2 * np.pi), rng.uniform(), rng.uniform(.1, .25)
         y, x = np.mgrid[:size, :size] / (size - 1) - .5
         ramp = (.5 + (x * np.cos(slope) + y * np.sin(slope)) / math.sqrt(2))[..., None]
-        shade = rng.uniform(.1, .75)
-        outside = colour(back, .35, shade) * ramp + colour(back, .35, shade + .2) * (1 - ramp)
+        outside = colour(back, .3, shade) * ramp + colour(back, .3, shade + .15) * (1 - ramp)
         radius = size * rng.uniform(.34, .4)
         center = size / 2 + rng.uniform(-.05, .05, 2) * size
         mask = self.mask(label, center, radius, rng.uniform(-.25, .25))

@@ -266,10 +266,11 @@ def fit(stage, model, train, validation, defaults, run, extra, args, processes):
         model.compile()
     trained = model
     if processes.size > 1:
-        trained = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None, broadcast_buffers=False)
+        trained = DistributedDataParallel(model, [device.index] if device.type == "cuda" else None, broadcast_buffers=False)
     processes.say(f"stage {stage}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(train.indices)} pictures, "
-                  f"{steps} steps of {train.batch_size}, {processes.size} process{'es' if processes.size > 1 else ''} on {device}")
-    loader = DataLoader(train, batch_size=None, sampler=range(start, steps), num_workers=args.workers, pin_memory=device.type == "cuda")
+                  f"steps of {train.batch_size}, {processes.size} process{'es' if processes.size > 1 else ''} on {device}")
+    loader = DataLoader(train, batch_size=None, sampler=range(start, steps), num_workers=args.workers,
+                        pin_memory=device.type == "cuda")
     log_every = args.log_every or max(1, min(100, steps // 20))
     losses, saved = [], start  # losses stay on the device until they are logged
     began = last = time.time()
