@@ -703,8 +703,7 @@ class KLTokenizer(nn.Module):
     def from_published(cls, state):
         """Build from MAR's keys, strictly. They name the same layers in another way: decoder levels count from full
         resolution there, and in order of execution here. Raises KeyError or RuntimeError naming keys."""
-        levels = 1 + max(int(key.split(".")[2]) for key in state if key.startswith("decoder.up.")) \
-            if any(key.startswith("decoder.up.") for key in state) else 0
+        levels = len({key.split(".")[2] for key in state if key.startswith("decoder.up.")})
 
         def rename(key):
             key = re.sub(r"^decoder\.up\.(\d+)", lambda m: f"decoder.conv_blocks.{levels - 1 - int(m[1])}", key)

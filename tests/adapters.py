@@ -48,20 +48,25 @@ def center_crop(image, size):
 # Stage 1 -------------------------------------------------------------------------------------------------------------
 
 
-def square(places):
-    return (math.isqrt(places),) * 2
+def gpt_grid(state, places):
+    """The grid behind a row of codes, which the weights do not tell. The published models (16,384 codes) know 16x16 and
+    24x24, of which the row may be the beginning; all others are taken as square."""
+    published = state["tok_embeddings.weight"].shape[0] == 16384
+    side = (16 if places <= 256 else 24) if published else math.isqrt(places)
+    return side, side
 
 
 @torch.no_grad()
 def gpt_logits(state, codes, labels, num_heads):
     """codes (B,N), labels (B,) -> logits (B,N,V); [:, i] predicts codes[:, i]."""
-    return d2c.DiscreteGenerator.from_published(state, num_heads, square(codes.shape[1])).eval().logits(codes, labels)
+    model = d2c.DiscreteGenerator.from_published(state, num_heads, gpt_grid(state, codes.shape[1])).eval()
+    return model.logits(codes, labels)
 
 
 def gpt_greedy(state, labels, num_tokens, num_heads, cfg_scale, cfg_interval=-1):
     """labels (B,) -> codes (B,num_tokens) by argmax through the cache."""
-    model = d2c.DiscreteGenerator.from_published(state, num_heads, square(num_tokens)).eval()
-    return model.generate(labels, cfg_scale, temperature=0, cfg_interval=cfg_interval)
+    model = d2c.DiscreteGenerator.from_published(state, num_heads, gpt_grid(state, num_tokens)).eval()
+    return model.generate(labels, cfg_scale, temperature=0, cfg_interval=cfg_interval)[:, :num_tokens]
 
 
 # Stage 2 -------------------------------------------------------------------------------------------------------------
