@@ -154,7 +154,7 @@ def test_two_processes_train_and_sample_as_one(finished, arguments, tmp_path):
                        check=True, capture_output=True, timeout=300, env=dict(os.environ, OMP_NUM_THREADS="1"))
 
     torchrun("train", *arguments, "--accumulate", "2")
-    for stage, tolerance in ((0, 1e-3), (1, 1e-3)):
+    for stage, tolerance in ((0, 1e-3), (1, 1e-3), (2, 5e-3)):
         one, two = (np.loadtxt(folder / f"stage{stage}.csv", delimiter=",", skiprows=1)
                     for folder in (finished, Path(arguments[5])))
         np.testing.assert_allclose(two[:, 1:3], one[:, 1:3], rtol=tolerance, atol=2e-5)
