@@ -825,7 +825,8 @@ def encode_images(images, vq, kl, folder, run, processes, batch_size=64, workers
             raise InputError(f"{folder}: the token cache cannot be written ({error})") from error
     processes.wait()
     arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r+") for name in layout}
-    began, share = time.time(), math.ceil(math.ceil(number / batch_size) / processes.size)
+    share = math.ceil(math.ceil(number / batch_size) / processes.size)  # batches of the first process
+    began = said = time.time()
     for turn, (pictures, labels) in enumerate(batches(images, batch_size, workers, rank, processes.size)):
         start = (turn * processes.size + rank) * batch_size
         place = slice(start, start + len(labels))
@@ -835,8 +836,9 @@ def encode_images(images, vq, kl, folder, run, processes, batch_size=64, workers
             x = x.flip(3) if mirrored else x
             arrays["codes"][mirrored, place] = vq.encode(x).flatten(1).cpu().numpy()
             arrays["moments"][mirrored, place] = to_tokens(kl.encode(x)).float().cpu().numpy()
-        if (turn + 1) % max(1, share // 5) == 0 or turn + 1 == share:
-            speed = (turn + 1) / (time.time() - began)
+        now = time.time()
+        if now - said > 5 or turn + 1 == share:
+            said, speed = now, (turn + 1) / (now - began)
             processes.say(f"encoding  {min((turn + 1) * processes.size * batch_size, number)}/{number} pictures  "
                           f"{speed * batch_size * processes.size:.0f} images/s  ETA {clock((share - turn - 1) / speed)}")
     for array in arrays.values():
