@@ -213,6 +213,7 @@ def fit(stage, model, train, validation, defaults, run, extra, args, processes):
     """
     device, path = processes.device, Path(args.out) / f"stage{stage}.pt"
     steps = args.steps or defaults["steps"]
+    warmup = min(defaults["warmup"], steps // 5)  # a trial of few steps should learn something too
     peak = defaults["lr"] * train.batch_size / defaults["batch_size"] if args.lr is None else args.lr
     if train.batch_size % (processes.size * args.accumulate):
         raise InputError(f"--batch-size {train.batch_size}: must be divisible by processes x --accumulate = "
@@ -278,7 +279,7 @@ def fit(stage, model, train, validation, defaults, run, extra, args, processes):
     with stop_signals() as received:
         for step, batch in zip(range(start, steps), loader):
             torch.manual_seed(seed_of(args.seed, stage, step, processes.rank))  # dropout
-            rate = learning_rate(step, steps, peak, defaults["warmup"], defaults["decay"])
+            rate = learning_rate(step, steps, peak, warmup, defaults["decay"])
             for group in optimizer.param_groups:
                 group["lr"] = rate
             model.train()
