@@ -18,6 +18,7 @@ from PIL import Image
 import d2c
 import sample
 import train
+from formula import formula_state
 from tokenizers import ImageFolder, TokenCache, seed_of
 
 TINY = Path(__file__).parent / "tiny.py"
@@ -262,6 +263,36 @@ def test_seed_and_settings_decide_the_pictures(finished, tmp_path):
     assert np.array_equal(base, pictures("--seed", "1"))
     for settings in (["--seed", "2"], ["--cfg2", "4"], ["--steps", "2"], ["--raw"], ["--temperature2", "0.5"]):
         assert not np.array_equal(base, pictures("--seed", "1", *settings)), settings
+
+
+def published(name, path, container):
+    """A file of the published form with formula-made weights."""
+    keys = json.loads((TINY.parent / "goldens" / f"{name}.json").read_text())["tensors"]
+    state = formula_state({key: shape for key, (shape, _) in keys.items()})
+    torch.save({container: state}, path)
+    return str(path)
+
+
+def test_published_files_alone(tmp_path, data, capsys):
+    """The README's commands for LlamaGen alone, MAR alone, and a run on published tokenizers, at the goldens' small sizes."""
+    vq = published("llamagen_vq_tiny_ch32", tmp_path / "vq.pt", "model")
+    kl = published("mar_kl_tiny_ch32", tmp_path / "kl.ckpt", "model")
+    gpt = published("llamagen_gpt_tiny", tmp_path / "gpt.pt", "model")
+    mar = d2c.ContinuousGenerator(d2c.ContinuousConfig(channels=4, num_classes=10, grid=(4, 4), width=64, encoder_depth=1, num_heads=1,
+                                                       decoder_depth=1, buffer_size=4, head_depth=1, head_width=32)).state_dict()
+    torch.save({"model": mar, "model_ema": mar}, tmp_path / "mar.pth")
+    few = ["--num", "2", "--steps", "4", "--diffusion-steps", "5"]
+    sample.main(["--vq", vq, "--stage1", gpt, "--num", "2", "--out", str(tmp_path / "coarse.png")])
+    sample.main(["--kl", kl, "--stage2", str(tmp_path / "mar.pth"), *few, "--out", str(tmp_path / "fine.npz")])
+    assert np.load(tmp_path / "fine.npz", allow_pickle=False)["arr_0"].shape == (2, 16, 16, 3)
+    run = ["--preset", "tiny", "--out", str(tmp_path / "run")]
+    train.main([*run, "--stage", "0", "--data", str(data), "--vq", vq, "--kl", kl])
+    train.main([*run, "--steps", "2"])
+    sample.main(["--run", str(tmp_path / "run"), *few])
+    cache = TokenCache(tmp_path / "run" / "tokens")
+    assert cache.meta["channels"] == 4 and cache.meta["codebook_size"] == 64 and (tmp_path / "run" / "samples.png").exists()
+    refused(sample.main, ["--vq", vq, "--stage1", gpt, "--kl", kl, "--stage2", tmp_path / "mar.pth"], capsys, "token grid")
+    refused(train.main, [*run, "--data", data, "--vq", gpt, "--kl", kl], capsys, "made with vq")
 
 
 def test_reconstruct(finished, tmp_path):
