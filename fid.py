@@ -217,7 +217,7 @@ def load_inception(path, device="cpu"):
     except Exception as error:  # not a torch file, not a dict of tensors, other keys, other shapes
         raise InputError(f"--weights {path}: not the state dict of {WEIGHTS} ({str(error)[:150]}); "
                          "without the flag that file is downloaded") from error
-    return model.to(device)
+    return model.to(device, memory_format=torch.channels_last)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -255,8 +255,9 @@ def features(model, images, batch_size=50, resize="tf1", device="cpu"):
     """
     batches, start, shown = [], time.time(), 0
     for i in range(0, len(images), batch_size):
-        batch = torch.as_tensor(images[i : i + batch_size]).to(device)
-        batches.append([x if x is None else x.cpu() for x in model(preprocess(batch, resize))])
+        batch = preprocess(torch.as_tensor(images[i : i + batch_size]).to(device), resize)  # (B,3,299,299)
+        batch = batch.contiguous(memory_format=torch.channels_last)  # 1.6 times as fast on a CPU, see load_inception
+        batches.append([x if x is None else x.cpu() for x in model(batch)])
         now, done, left = time.time(), i + len(batch), len(images) - i - len(batch)
         if now - shown > 1 or not left:
             shown, rate = now, done / (now - start)
