@@ -432,6 +432,8 @@ class ContinuousConfig:
     head_depth: int = 6          # of the diffusion network
     head_width: int = 1024
     noise_levels: int = 4        # per hidden token and training step: z is dear, the head is cheap
+    hidden_share: tuple = (0.25, 0.7)  # of places in training: normal around 1 of this deviation, cut to [this, 1]
+    guess_weight: float = 0.0    # > 0: a linear layer guesses each latent from z, in training (see ContinuousGenerator)
     dropout: float = 0.1
     fusion: str = "none"         # none, cross, qformer, aligned
     fusion_depth: int = 2
@@ -442,6 +444,10 @@ class ContinuousGenerator(nn.Module):
     """p(latents | class, codes), a masked autoencoder with a diffusion head over the N = h*w latents of a picture.
 
     Which places are known is told by index: visible (B,V), the places whose latents may be read.
+
+    The diffusion loss teaches the trunk slowly: most noise levels say little about z. Runs of minutes end before z uses the
+    visible latents at all, so small presets add a guess of the latent from z by one linear layer (`guess_weight`). It is
+    not used in sampling; MAR has nothing like it.
     """
 
     checkpointing = False  # recompute the blocks in the backward pass: a third more time, far less memory
@@ -476,6 +482,8 @@ class ContinuousGenerator(nn.Module):
         self.apply(init_linear)
         nn.init.normal_(self.class_emb.weight, std=0.02)
         self.diffloss = nn.ModuleDict({"net": Denoiser(config.channels, config.head_width, config.head_depth, width)})
+        if config.guess_weight:
+            self.guess = nn.Linear(width, config.channels)
         if config.fusion != "none":
             self.code_embedding = nn.Embedding(config.codebook_size, width)
             nn.init.normal_(self.code_embedding.weight, std=0.02)
@@ -502,9 +510,9 @@ class ContinuousGenerator(nn.Module):
         return model
 
     def load_published(self, state):
-        """Load MAR's weights into a model of the same sizes; all that fusion adds may be missing, and then stays fresh.
+        """Load MAR's weights into a model of the same sizes; all that MAR lacks may be missing, and then stays fresh.
         Raises RuntimeError naming keys."""
-        added = {key for key in self.state_dict() if key.startswith(("fusion.", "code_embedding.", "null_code"))}
+        added = {key for key in self.state_dict() if key.startswith(("fusion.", "code_embedding.", "null_code", "guess."))}
         fresh = added if added.isdisjoint(state) else set()
         missing, extra = self.load_state_dict(state, strict=False)
         missing = [key for key in missing if key not in fresh]
@@ -564,18 +572,24 @@ class ContinuousGenerator(nn.Module):
         return self.decoder_norm(x)[:, buffer:] + self.diffusion_pos_embed_learned                          # (B,N,D)
 
     def forward(self, latents, visible, hidden, labels, codes, t, noise):
-        """Training loss, a scalar: the diffusion loss of the hidden places, each at R noise levels.
+        """Training loss, a scalar: the diffusion loss of the hidden places, each at R noise levels, and the guess's error.
 
         latents (B,N,C); visible (B,V) and hidden (B,K) places, V + K = N; labels (B,), codes (B,N), -1 where dropped;
         t (B,K,R) in 0..999; noise (B,K,R,C) standard normal.
         """
         z = self.condition(latents, visible, labels, self.prepare(codes))                     # (B,N,D)
 
-        def rows(x):                                                                          # (B,N,*) -> (B*K*R,*)
-            x = x.gather(1, hidden[..., None].expand(-1, -1, x.shape[-1]))
+        def at_hidden(x):                                                                     # (B,N,*) -> (B,K,*)
+            return x.gather(1, hidden[..., None].expand(-1, -1, x.shape[-1]))
+
+        def rows(x):                                                                          # (B,K,*) -> (B*K*R,*)
             return x[:, :, None].expand(-1, -1, t.shape[2], -1).flatten(0, 2)
 
-        return diffusion_loss(self.diffloss["net"], rows(latents), t.flatten(), noise.flatten(0, 2), rows(z)).mean()
+        latents, z = at_hidden(latents), at_hidden(z)                                         # (B,K,C), (B,K,D)
+        loss = diffusion_loss(self.diffloss["net"], rows(latents), t.flatten(), noise.flatten(0, 2), rows(z)).mean()
+        if self.config.guess_weight:
+            loss = loss + self.config.guess_weight * F.mse_loss(self.guess(z).to(latents.dtype), latents)
+        return loss
 
     @torch.no_grad()
     def generate(self, labels, codes=None, num_steps=64, cfg_scale=1.0, temperature=1.0, diffusion_steps=100,
@@ -678,15 +692,15 @@ SMALL = dict(encoder_attention=False, num_res_blocks=1, linear_skip=True)
 PRESETS = {
     "demo": dict(
         size=32, fusion="cross",
-        vq=dict(z_channels=64, width=32, multipliers=(1, 2), patch=4, codebook_size=512, code_dim=8, **SMALL),
-        kl=dict(z_channels=32, width=64, multipliers=(1,), patch=8, **SMALL),
+        vq=dict(z_channels=64, width=32, multipliers=(1, 2), patch=4, codebook_size=64, code_dim=8, **SMALL),
+        kl=dict(z_channels=32, width=32, multipliers=(1,), patch=8, **SMALL),
         stage1=dict(width=128, depth=4, num_heads=4, dropout=0.0),
         stage2=dict(width=128, encoder_depth=2, decoder_depth=2, num_heads=4, buffer_size=4, head_depth=3, head_width=192,
-                    dropout=0.0, fusion_depth=1),
-        train={0: training(300, 64, 3e-3, warmup=50, ema=0.99),
-               1: training(900, 64, 3e-3, warmup=100, ema=0.99, weight_decay=0.05),
-               2: training(800, 64, 2e-3, warmup=100, ema=0.99, weight_decay=0.02)},
-        sample=dict(cfg1=3.0, temperature1=0.8, cfg2=2.0, temperature2=1.0, steps=8, diffusion_steps=50, clip=5.0,
+                    dropout=0.0, fusion_depth=1, noise_levels=1, hidden_share=(1.0, 0.1), guess_weight=2.0),
+        train={0: training(800, 32, 8e-3, warmup=50, ema=0.99),
+               1: training(1200, 64, 3e-3, warmup=100, ema=0.99, weight_decay=0.05),
+               2: training(1200, 64, 2e-3, warmup=100, ema=0.99, weight_decay=0.02)},
+        sample=dict(cfg1=2.0, temperature1=0.9, cfg2=1.5, temperature2=1.0, steps=8, diffusion_steps=50, clip=5.0,
                     batch_size=100)),
     "cifar": dict(
         size=32, fusion="cross",

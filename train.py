@@ -95,11 +95,11 @@ def read_codes(cache, chosen, part, generator):
     return codes, torch.from_numpy(cache.labels[chosen[part]]).masked_fill(dropped, -1)
 
 
-def read_latents(cache, noise_levels, code_noise, chosen, part, generator):
-    """Stage 2: the arguments of ContinuousGenerator.forward. The share of hidden places follows MAR: a normal
-    distribution around 1, cut to [0.7, 1], one draw for the batch. Class and codes are dropped together in 10 % of
-    samples, for guidance; codes alone in 5 %, so that the class keeps its own meaning; and a share `code_noise` of all
-    codes is replaced by random ones."""
+def read_latents(cache, config, code_noise, chosen, part, generator):
+    """Stage 2: the arguments of ContinuousGenerator.forward, for its `config`. The share of hidden places is drawn once for
+    the batch (MAR: around 1, cut to [0.7, 1]; of 16 places that would show four at most, too few to learn from, hence the
+    demo's wider one). Class and codes are dropped together in 10 % of samples, for guidance; codes alone in 5 %, so that
+    the class keeps its own meaning; and a share `code_noise` of all codes is replaced by random ones."""
     batch, (places, double) = len(chosen), cache.moments.shape[2:]
     channels = double // 2
 
@@ -111,8 +111,9 @@ def read_latents(cache, noise_levels, code_noise, chosen, part, generator):
         return torch.randn(*shape, generator=generator)[part].clone()
 
     mirrored = torch.randint(2, (batch,), generator=generator)[part].numpy()
-    ratio = nn.init.trunc_normal_(torch.empty(1), mean=1.0, std=0.25, a=0.7, b=1.0, generator=generator)
-    hidden = math.ceil(places * float(ratio))
+    deviation, smallest = config.hidden_share
+    share = nn.init.trunc_normal_(torch.empty(1), mean=1.0, std=deviation, a=smallest, b=1.0, generator=generator)
+    hidden = math.ceil(places * float(share))
     order = uniform(batch, places).argsort(1)
     moments = torch.from_numpy(cache.moments[mirrored, chosen[part]].astype(np.float32))      # (b,N,2C)
     latents = KLTokenizer.sample(moments, normal(batch, places, channels), dim=2) * cache.meta["scale"]
@@ -122,8 +123,9 @@ def read_latents(cache, noise_levels, code_noise, chosen, part, generator):
     dropped = uniform(batch)
     labels = torch.from_numpy(cache.labels[chosen[part]]).masked_fill(dropped < 0.1, -1)
     codes = codes.masked_fill(dropped[:, None] < 0.15, -1)
-    t = torch.randint(1000, (batch, hidden, noise_levels), generator=generator)[part].clone()
-    return latents, order[:, hidden:], order[:, :hidden], labels, codes, t, normal(batch, hidden, noise_levels, channels)
+    t = torch.randint(1000, (batch, hidden, config.noise_levels), generator=generator)[part].clone()
+    noise = normal(batch, hidden, config.noise_levels, channels)
+    return latents, order[:, hidden:], order[:, :hidden], labels, codes, t, noise
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -461,7 +463,7 @@ def train_generator(stage, args, preset, processes):
         model = ContinuousGenerator(ContinuousConfig(**common, **preset["stage2"], channels=meta["channels"], fusion=fusion))
         if fusion != "none":
             model.start_fusion(load_tokenizers(out / "tokenizers.pt")[0].codebook())
-        read = functools.partial(read_latents, cache, model.config.noise_levels, args.code_noise)
+        read = functools.partial(read_latents, cache, model.config, args.code_noise)
     if args.init and not (out / f"stage{stage}.pt").exists():
         load_published(model.load_published, args.init, prefer_ema=args.init_ema)
         processes.say(f"stage {stage}: starting from {args.init}")

@@ -192,6 +192,20 @@ def test_every_token_is_drawn_exactly_once():
         d2c.token_schedule(16, 17, 1.0)
 
 
+def test_the_guess_adds_its_squared_error_and_changes_no_sample():
+    model, plain = continuous("cross", guess_weight=3.0), continuous("cross")
+    plain.load_state_dict({key: value for key, value in model.state_dict().items() if not key.startswith("guess.")})
+    latents, order, labels, codes = batch()
+    hidden, t, noise = order[:, 6:], torch.full((3, 10, 2), 500), torch.ones(3, 10, 2, 4)
+    z = model.condition(latents, order[:, :6], labels, model.prepare(codes))
+    error = ((model.guess(z) - latents) ** 2).mean(-1).gather(1, hidden).mean()
+    losses = [m(latents, order[:, :6], hidden, labels, codes, t, noise) for m in (model, plain)]
+    torch.testing.assert_close(losses[0], losses[1] + 3.0 * error)
+    one, other = (m.generate(labels, codes, 4, 2.0, diffusion_steps=5, generator=torch.Generator().manual_seed(0))
+                  for m in (model, plain))
+    assert torch.equal(one, other)
+
+
 def test_checkpointing_changes_no_gradient():
     model, (latents, order, labels, codes) = continuous("cross").train(), batch()
     gradients = []

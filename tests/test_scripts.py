@@ -171,7 +171,7 @@ def test_batches_do_not_depend_on_the_number_of_processes(finished):
         size = 2
 
     cache, indices = TokenCache(finished / "tokens"), np.arange(100)
-    for read in (lambda *a: train.read_codes(cache, *a), lambda *a: train.read_latents(cache, 4, 0.3, *a)):
+    for read in (lambda *a: train.read_codes(cache, *a), lambda *a: train.read_latents(cache, d2c.ContinuousConfig(), 0.3, *a)):
         whole = train.Batches(read, indices, 8, 1, 0, train.Processes("cpu"))[7]
         halves = []
         for Half.rank in (0, 1):
@@ -188,17 +188,26 @@ def test_an_epoch_visits_every_picture_once():
 
 def test_drops_and_code_noise(finished):
     cache = TokenCache(finished / "tokens")
-    chosen, part = np.arange(120).repeat(40), slice(0, 4800)
-    _, visible, hidden, labels, codes, t, noise = train.read_latents(cache, 4, 0.0, chosen, part, torch.Generator().manual_seed(0))
+    chosen, part, config = np.arange(120).repeat(40), slice(0, 4800), d2c.ContinuousConfig()
+    _, visible, hidden, labels, codes, t, noise = train.read_latents(cache, config, 0.0, chosen, part, torch.Generator().manual_seed(0))
     no_class, no_codes = labels < 0, (codes < 0).all(1)
     assert abs(float(no_class.float().mean()) - 0.1) < 0.02 and abs(float(no_codes.float().mean()) - 0.15) < 0.02
     assert bool((no_class <= no_codes).all()) and torch.equal((codes < 0).any(1), no_codes)
     assert torch.equal(torch.cat([visible, hidden], 1).sort(1).values, torch.arange(16).expand(4800, -1))
     assert hidden.shape[1] >= 12 and t.shape == (4800, hidden.shape[1], 4) and noise.shape == (*t.shape, 4)
-    noisy = train.read_latents(cache, 4, 0.5, chosen, part, torch.Generator().manual_seed(0))[4]
+    noisy = train.read_latents(cache, config, 0.5, chosen, part, torch.Generator().manual_seed(0))[4]
     kept = codes[:, 0] >= 0
     share = float((noisy[kept] != codes[kept]).float().mean())
     assert abs(share - 0.5 * 31 / 32) < 0.02  # one random code in 32 is the right one
+
+
+def test_the_share_of_hidden_places_is_the_configs(finished):
+    cache = TokenCache(finished / "tokens")
+    for setting, smallest in (((0.25, 0.7), 12), ((1.0, 0.1), 2)):  # MAR's, the demo's; of 16 places
+        config = d2c.ContinuousConfig(hidden_share=setting)
+        counts = {train.read_latents(cache, config, 0.0, np.arange(2), slice(0, 2), torch.Generator().manual_seed(seed))[2].shape[1]
+                  for seed in range(200)}
+        assert counts == set(range(smallest, 17))
 
 
 def test_weight_decay_spares_vectors_and_the_diffusion_head():
