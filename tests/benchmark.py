@@ -130,10 +130,10 @@ def trained(folder, kind, seed, code_noise=0.0):
 
 
 @torch.no_grad()
-def sample_pictures(run, number=1000, steps=None, real_codes=False):
-    """What `sample.py --run RUN --num NUMBER --steps STEPS` draws: coarse and fine pictures, uint8 (number,S,S,3), and their
-    class ids. real_codes: stage 2 is told the codes of real pictures instead of stage 1's."""
-    args = sample.parse(["--run", str(run)] + (["--steps", str(steps)] if steps else []))[1]
+def sample_pictures(run, flags=(), number=1000, real_codes=False):
+    """What `sample.py --run RUN FLAGS` draws: coarse and fine pictures, uint8 (number,S,S,3), and their class ids.
+    real_codes: stage 2 is told the codes of real pictures instead of stage 1's."""
+    args = sample.parse(["--run", str(run), *flags])[1]
     pipeline = sample.Pipeline(args, torch.device("cpu"))
     settings = pipeline.settings
     pictures, labels = real_pictures(number, TEST_SEED)
@@ -157,10 +157,13 @@ def seconds_of_stage2(run):
 
 
 def summary(measured):
-    """Of a dict per seed: for each ruler the mean, and half the distance between the smallest and the largest."""
-    forms = {"accuracy": ".1%", "Frechet": ".3f", "Inception": ".1f"}
-    columns = {name: [one[name] for one in measured] for name in measured[0]}
-    return "   ".join(f"{name} {np.mean(x):{forms[name]}} +- {(max(x) - min(x)) / 2:{forms[name]}}" for name, x in columns.items())
+    """Of a dict per seed: for each ruler the mean and, of several, half the distance between the smallest and the largest."""
+    forms, texts = {"accuracy": ".1%", "Frechet": ".3f", "Inception": ".1f"}, []
+    for name, form in forms.items():
+        if values := [one[name] for one in measured if name in one]:
+            spread = f" +- {(max(values) - min(values)) / 2:{form}}" if len(values) > 1 else ""
+            texts.append(f"{name} {np.mean(values):{form}}{spread}")
+    return "   ".join(texts)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -172,19 +175,19 @@ def measure_demo(rulers, run):
     """Real pictures, and what the run draws; coarse and fine."""
     coarse, fine, labels = sample_pictures(run)
     for name, pictures in (("real", real_pictures(len(labels), TEST_SEED)[0]), ("coarse", coarse), ("fine", fine)):
-        print(f"{name:6}  {summary([rulers.measure(pictures, labels)])}".replace(" +- 0.0%", "").replace(" +- 0.000", ""), flush=True)
+        print(f"{name:6}  {summary([rulers.measure(pictures, labels)])}", flush=True)
 
 
-def measure_row(rulers, folder, kind, seeds, token_steps):
+def measure_row(rulers, folder, kind, seeds, token_steps, cfg2):
     """One line per number of token steps; for `codes` one line, since stage 2 plays no part."""
     runs = [trained(folder, "cross" if kind == "codes" else kind, seed) for seed in seeds]
     took = "" if kind == "codes" else f"   stage 2 took {np.mean([seconds_of_stage2(run) for run in runs]):.0f} s"
     for steps in token_steps[:1] if kind == "codes" else token_steps:
         measured = []
         for run in runs:
-            coarse, fine, labels = sample_pictures(run, steps=steps)
+            coarse, fine, labels = sample_pictures(run, ["--steps", str(steps), "--cfg2", str(cfg2)])
             measured.append(rulers.measure(coarse if kind == "codes" else fine, labels))
-        print(f"{kind:8} {'' if kind == 'codes' else f'{steps:2} token steps':15} {summary(measured)}{took}", flush=True)
+        print(f"{kind:8} {'' if kind == 'codes' else f'{steps:2} token steps, guidance {cfg2}':28} {summary(measured)}{took}", flush=True)
 
 
 def measure_noise(rulers, folder, seeds):
@@ -207,6 +210,7 @@ def main(argv=None):
     parser.add_argument("--weights", metavar="FILE", help="Inception weights as for fid.py; adds the distance in its features")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--steps", type=positive, nargs="+", default=[8], help="numbers of token steps to sample with")
+    parser.add_argument("--cfg2", type=float, default=1.5, help="guidance of stage 2 (default 1.5)")
     args = parser.parse_args(argv)
     with parser.plain_errors():
         try:
@@ -218,7 +222,7 @@ def main(argv=None):
         elif args.what == "noise":
             measure_noise(rulers, args.folder, args.seeds)
         else:
-            measure_row(rulers, args.folder, args.what, args.seeds, args.steps)
+            measure_row(rulers, args.folder, args.what, args.seeds, args.steps, args.cfg2)
 
 
 if __name__ == "__main__":
