@@ -688,6 +688,7 @@ def imagenet_preset(stage1, stage2, cfg2):
 
 # Small tokenizers work on patches, with a linear skip around the network: at 32 pixels that is far cheaper than
 # convolutions at full resolution. Small runs take few steps, hence high rates that decay, a short average, and `clip`.
+# The demo's 64 codes are enough for shape and colour; more of them, or longer training, begin to draw the texture.
 SMALL = dict(encoder_attention=False, num_res_blocks=1, linear_skip=True)
 PRESETS = {
     "demo": dict(

@@ -256,7 +256,7 @@ def features(model, images, batch_size=50, resize="tf1", device="cpu"):
     batches, start, shown = [], time.time(), 0
     for i in range(0, len(images), batch_size):
         batch = preprocess(torch.as_tensor(images[i : i + batch_size]).to(device), resize)  # (B,3,299,299)
-        batch = batch.contiguous(memory_format=torch.channels_last)  # 1.6 times as fast on a CPU, see load_inception
+        batch = batch.contiguous(memory_format=torch.channels_last)  # as the weights are: far faster on a CPU
         batches.append([x if x is None else x.cpu() for x in model(batch)])
         now, done, left = time.time(), i + len(batch), len(images) - i - len(batch)
         if now - shown > 1 or not left:
