@@ -178,26 +178,26 @@ def measure_demo(rulers, run):
         print(f"{name:6}  {summary([rulers.measure(pictures, labels)])}", flush=True)
 
 
-def measure_row(rulers, folder, kind, seeds, token_steps, cfg2):
+def measure_row(rulers, folder, kind, seeds, token_steps, settings):
     """One line per number of token steps; for `codes` one line, since stage 2 plays no part."""
     runs = [trained(folder, "cross" if kind == "codes" else kind, seed) for seed in seeds]
     took = "" if kind == "codes" else f"   stage 2 took {np.mean([seconds_of_stage2(run) for run in runs]):.0f} s"
     for steps in token_steps[:1] if kind == "codes" else token_steps:
         measured = []
         for run in runs:
-            coarse, fine, labels = sample_pictures(run, ["--steps", str(steps), "--cfg2", str(cfg2)])
+            coarse, fine, labels = sample_pictures(run, ["--steps", str(steps), *settings])
             measured.append(rulers.measure(coarse if kind == "codes" else fine, labels))
-        print(f"{kind:8} {'' if kind == 'codes' else f'{steps:2} token steps, guidance {cfg2}':28} {summary(measured)}{took}", flush=True)
+        print(f"{kind:8} {'' if kind == 'codes' else f'{steps:2} token steps':15} {summary(measured)}{took}", flush=True)
 
 
-def measure_noise(rulers, folder, seeds):
+def measure_noise(rulers, folder, seeds, settings):
     """--code-noise 0 and 0.1, each sampled with codes of stage 1 and with codes of real pictures."""
     for noise in (0.0, 0.1):
         runs = [trained(folder, "cross", seed, noise) for seed in seeds]
         for real_codes in (False, True):
             measured = []
             for run in runs:
-                _, fine, labels = sample_pictures(run, real_codes=real_codes)
+                _, fine, labels = sample_pictures(run, settings, real_codes=real_codes)
                 measured.append(rulers.measure(fine, labels))
             print(f"code noise {noise}, codes of {'real pictures' if real_codes else 'stage 1':13}  {summary(measured)}", flush=True)
 
@@ -210,8 +210,10 @@ def main(argv=None):
     parser.add_argument("--weights", metavar="FILE", help="Inception weights as for fid.py; adds the distance in its features")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--steps", type=positive, nargs="+", default=[8], help="numbers of token steps to sample with")
-    parser.add_argument("--cfg2", type=float, default=1.5, help="guidance of stage 2 (default 1.5)")
+    parser.add_argument("--cfg2", default="1.5", help="guidance of stage 2 in rows and noise (default 1.5)")
+    parser.add_argument("--temperature2", default="1.0", help="its temperature there (default 1.0)")
     args = parser.parse_args(argv)
+    settings = ["--cfg2", args.cfg2, "--temperature2", args.temperature2]
     with parser.plain_errors():
         try:
             rulers = Rulers(args.folder, args.weights)
@@ -220,9 +222,9 @@ def main(argv=None):
         if args.what == "demo":
             measure_demo(rulers, args.run)
         elif args.what == "noise":
-            measure_noise(rulers, args.folder, args.seeds)
+            measure_noise(rulers, args.folder, args.seeds, settings)
         else:
-            measure_row(rulers, args.folder, args.what, args.seeds, args.steps, args.cfg2)
+            measure_row(rulers, args.folder, args.what, args.seeds, args.steps, settings)
 
 
 if __name__ == "__main__":
