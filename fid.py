@@ -26,19 +26,27 @@ changes pixels).  All definitions are those of ADM's evaluator [Dhariwal & Nicho
 This file imports none of its neighbours: copy it to where you need it.
 """
 import argparse
+import contextlib
 import hashlib
 import json
+import math
 import os
 import sys
 import time
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
+from scipy.linalg.lapack import dpstrf
 from scipy.special import rel_entr
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 SIDE = 299  # Inception's input size
 WEIGHTS = "pt_inception-2015-12-05-6726825d.pth"
@@ -65,7 +73,7 @@ class Conv(nn.Module):
         self.bn = nn.BatchNorm2d(channels_out, eps=1e-3)
 
     def forward(self, x):
-        return F.relu(self.bn(self.conv(x)))
+        return F.relu_(self.bn(self.conv(x)))
 
 
 def average_pool(x):
@@ -201,7 +209,8 @@ def published_weights():
     path = Path(torch.hub.get_dir()) / "checkpoints" / WEIGHTS
     if not path.exists():
         try:
-            torch.hub.load_state_dict_from_url(WEIGHTS_URL, map_location="cpu", check_hash=True, weights_only=True)
+            with contextlib.redirect_stdout(sys.stderr):  # it announces itself on stdout, where --json goes
+                torch.hub.load_state_dict_from_url(WEIGHTS_URL, map_location="cpu", check_hash=True, weights_only=True)
         except Exception as error:  # no network, a proxy, a broken file: the remedy is the same
             raise InputError(f"cannot download the Inception weights ({error}): put {WEIGHTS_URL} into {path.parent}, "
                              "or name a copy with --weights") from error
@@ -209,7 +218,7 @@ def published_weights():
 
 
 def load_inception(path, device="cpu"):
-    """The network with the weights of a file.  Raises InputError if they are not those of the FID Inception."""
+    """The network with the weights of a file, made fast.  Raises InputError if they are not those of the FID Inception."""
     if not Path(path).is_file():
         raise InputError(f"--weights {path}: no such file; without the flag {WEIGHTS} is downloaded")
     try:
@@ -217,6 +226,9 @@ def load_inception(path, device="cpu"):
     except Exception as error:  # not a torch file, not a dict of tensors, other keys, other shapes
         raise InputError(f"--weights {path}: not the state dict of {WEIGHTS} ({str(error)[:150]}); "
                          "without the flag that file is downloaded") from error
+    for layer in model.modules():
+        if isinstance(layer, Conv):  # in eval mode a batch norm is a scale and a shift: the convolution can do both
+            layer.conv, layer.bn = fuse_conv_bn_eval(layer.conv, layer.bn), nn.Identity()
     return model.to(device, memory_format=torch.channels_last)
 
 
@@ -247,23 +259,41 @@ def preprocess(images, resize="tf1"):
     return 2 * F.interpolate(x / 255, size=(SIDE, SIDE), mode="bilinear", align_corners=False) - 1
 
 
+def ahead(function, items):
+    """map(function, items), with the next item already under way in a thread: files are read while the network runs."""
+    with ThreadPoolExecutor(1) as thread:
+        waiting = None
+        for item in items:
+            waiting, ready = thread.submit(function, item), waiting
+            if ready:
+                yield ready.result()
+        if waiting:
+            yield waiting.result()
+
+
 @torch.backends.cudnn.flags(enabled=True, allow_tf32=False)  # TF32 is on by default in convolutions: 10 bits, not 23
 def features(model, images, batch_size=50, resize="tf1", device="cpu"):
-    """uint8 images (N,H,W,3), numpy or torch -> pool (N,2048), spatial (N,2023), logits (N,1008) or None.
+    """uint8 images (N,H,W,3) -> pool (N,2048), spatial (N,2023), logits (N,1008) or None; float32, on the CPU.
 
-    Float32, on the CPU; `model` lives on `device`.  Progress goes to stderr.
+    `images` is whatever has a length and gives arrays or tensors for slices; `model` lives on `device`.  Among several
+    processes each takes every so-many-th batch, and the first one returns all.  Progress goes to stderr.
     """
-    batches, start, shown = [], time.time(), 0
-    for i in range(0, len(images), batch_size):
-        batch = preprocess(torch.as_tensor(images[i : i + batch_size]).to(device), resize)  # (B,3,299,299)
-        batch = batch.contiguous(memory_format=torch.channels_last)  # as the weights are: far faster on a CPU
-        batches.append([x if x is None else x.cpu() for x in model(batch)])
-        now, done, left = time.time(), i + len(batch), len(images) - i - len(batch)
-        if now - shown > 1 or not left:
-            shown, rate = now, done / (now - start)
-            print(f"\r{done}/{len(images)} images, {rate:.1f}/s, {left / rate:.0f} s left    ",
-                  end="" if left else "\n", file=sys.stderr, flush=True)
-    return [x[0] if x[0] is None else torch.cat(x) for x in zip(*batches)]
+    rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    found = [torch.zeros(len(images), width) for width in ([2048, 2023] if model.fc is None else [2048, 2023, 1008])]
+    starts = range(rank * batch_size, len(images), size * batch_size)
+    begun, shown = time.time(), 0
+    for i, batch in zip(starts, ahead(lambda i: torch.as_tensor(images[i : i + batch_size]), starts)):
+        x = preprocess(batch.to(device), resize)  # (B,3,299,299)
+        for whole, part in zip(found, model(x.contiguous(memory_format=torch.channels_last))):  # layout of the weights
+            whole[i : i + len(part)] = part
+        now, done = time.time(), min(i + size * batch_size, len(images))
+        if rank == 0 and (now - shown > 1 or done == len(images)):
+            shown, rate = now, done / (now - begun)
+            print(f"\r{done}/{len(images)} images, {rate:.1f}/s, {(len(images) - done) / rate:.0f} s left    ",
+                  end="" if done < len(images) else "\n", file=sys.stderr, flush=True)
+    for whole in found if size > 1 else []:
+        dist.reduce(whole, 0)  # every row is zero in all processes but one, so the sum is the whole
+    return found if len(found) == 3 else [*found, None]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -273,10 +303,9 @@ def features(model, images, batch_size=50, resize="tf1", device="cpu"):
 
 def statistics(x):
     """Mean (D,) and covariance (D,D) of features (N,D), in float64: a sum over 50,000 images needs the digits."""
-    x = x.double().numpy()
-    mu = x.mean(axis=0)
-    x = x - mu
-    return mu, x.T @ x / (len(x) - 1)
+    mu = x.mean(dim=0, dtype=torch.float64)
+    sigma = sum(rows.T @ rows for rows in (block.double() - mu for block in x.split(1000))) / (len(x) - 1)
+    return mu.numpy(), sigma.numpy()
 
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
@@ -286,9 +315,11 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     the singular values of M.  Those are real and never negative, and they keep their digits where fewer images than
     dimensions make S singular; a square root of the unsymmetric S1 S2 itself (scipy's sqrtm) promises none of this.
     """
-    def factor(sigma):
-        values, vectors = np.linalg.eigh(sigma)
-        return vectors * np.sqrt(values.clip(min=0))  # rounding puts some zeros below zero
+    def factor(sigma):  # pivoted Cholesky stops where only rounding is left: (D,D) of rank r -> (D,r)
+        lower, pivots, rank, _ = dpstrf(sigma, lower=1)
+        rows = np.empty((len(sigma), rank))
+        rows[pivots - 1] = np.tril(lower)[:, :rank]  # LAPACK counts from 1
+        return rows
 
     trace_of_root = np.linalg.svd(factor(sigma1).T @ factor(sigma2), compute_uv=False).sum()
     return float(np.square(mu1 - mu2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * trace_of_root)
@@ -308,55 +339,99 @@ def precision_recall(reference, samples, k=3, block=1000):
     taken `block` rows at a time: among 50,000 images all of them would fill 10 GB.
     """
     def squared_distances(a, b):
-        return a.square().sum(dim=1)[:, None] + b.square().sum(dim=1) - 2 * a @ b.T  # (len(a),len(b))
+        a2, b2 = (torch.linalg.vector_norm(x, dim=1).square() for x in (a, b))
+        return torch.addmm(b2, a, b.T, alpha=-2).add_(a2[:, None])  # (len(a),len(b))
 
-    def radii(points):  # k + 1, for the nearest point is the point itself
+    def squared_radii(points):  # k + 1, for the nearest point is the point itself
         return torch.cat([squared_distances(rows, points).topk(k + 1, largest=False).values[:, -1]
                           for rows in points.split(block)])  # (N,)
 
-    def share_inside(points, centres):
-        reach = radii(centres)
-        inside = [(squared_distances(rows, centres) <= reach).any(dim=1) for rows in points.split(block)]
-        return torch.cat(inside).sum().item() / len(points)
-
-    return share_inside(samples, reference), share_inside(reference, samples)
+    reference_reach, sample_reach = squared_radii(reference), squared_radii(samples)
+    good, covered = 0, torch.zeros_like(reference_reach, dtype=torch.bool)
+    for rows, reach in zip(samples.split(block), sample_reach.split(block)):
+        distances = squared_distances(rows, reference)
+        good += (distances <= reference_reach).any(dim=1).sum().item()
+        covered |= (distances <= reach[:, None]).any(dim=0)
+    return good / len(samples), covered.sum().item() / len(reference)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# From files to images
+# From files to images: both kinds give slices as uint8 (n,H,W,3) and never hold all images at once
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def read_folder(folder):
-    """All PNG, JPEG and WebP images below a folder, sorted by path -> uint8 (N,H,W,3)."""
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
-    if not paths:
-        raise InputError(f"{folder}: no .png, .jpg, .jpeg or .webp in this folder")
-    images = None
-    for i, path in enumerate(paths):
+class Folder:
+    """All PNG, JPEG and WebP images below a folder, sorted by path.  All are checked before the first is decoded."""
+
+    def __init__(self, folder):
+        self.paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
+        self.threads = ThreadPoolExecutor(min(8, os.cpu_count()))
+        first = None
+        for path in self.paths:
+            try:
+                with Image.open(path) as image:
+                    (w, h), kind = image.size, image.mode
+                    if "16B" in str(image.tile):  # Pillow would quietly drop the lower half of each number
+                        kind = "16-bit " + kind
+            except Exception as error:  # Pillow raises many kinds
+                raise InputError(f"{path}: cannot be read as an image; replace or remove it") from error
+            if kind != "RGB":
+                raise InputError(f"{path}: {kind} pixels, not 8-bit RGB; convert it (Pillow: image.convert('RGB')) in the "
+                                 "way you want it judged")
+            first = first or (w, h)
+            if (w, h) != first:
+                raise InputError(f"{path}: {w}x{h} pixels, but {self.paths[0]} has {first[0]}x{first[1]}; "
+                                 "bring all to one size")
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, rows):
+        return np.stack(list(self.threads.map(self.read, self.paths[rows])))  # (n,H,W,3)
+
+    def read(self, path):
         try:
             with Image.open(path) as image:
-                pixels = np.asarray(image.convert("RGB"))  # (H,W,3)
-        except Exception as error:  # Pillow raises many kinds
-            raise InputError(f"{path}: cannot be read as an image; replace or remove it") from error
-        if images is None:
-            images = np.empty((len(paths), *pixels.shape), np.uint8)  # 10 GB for 50,000: never hold them twice
-        if pixels.shape != images.shape[1:]:
-            (h, w, _), (height, width, _) = pixels.shape, images.shape[1:]
-            raise InputError(f"{path}: {w}x{h} pixels, but {paths[0]} has {width}x{height}; bring all to one size")
-        images[i] = pixels
-    return images
+                return np.asarray(image)  # (H,W,3)
+        except Exception as error:
+            raise InputError(f"{path}: damaged image; replace or remove it") from error
+
+
+class Archive:
+    """The array KEY of an .npz, uint8 (N,H,W,3).  Slices are cheap from front to back: 50,000 images may be 10 GB."""
+
+    def __init__(self, path, key):
+        self.path, self.file = path, zipfile.ZipFile(path).open(f"{key}.npy")
+        version = np.lib.format.read_magic(self.file)
+        header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
+        self.shape, self.columns_first, self.dtype = header(self.file)
+        self.start = self.file.tell()
+
+    def __len__(self):
+        return self.shape[0]
+
+    def __getitem__(self, rows):
+        begin, end, _ = rows.indices(len(self))
+        size = math.prod(self.shape[1:])  # bytes of an image
+        try:
+            self.file.seek(self.start + begin * size)
+            data = bytearray(self.file.read((end - begin) * size))
+            return np.frombuffer(data, np.uint8).reshape(end - begin, *self.shape[1:])
+        except Exception as error:  # zipfile, zlib and reshape each have their own kind
+            raise InputError(f"{self.path}: damaged after {begin} images ({error}); copy it again") from error
 
 
 def read_npz(path, key):
-    """{"images", "mu", "sigma", "mu_s", "sigma_s"}, as far as an .npz holds them; with a key that array, as images."""
+    """{"images", "mu", "sigma", "mu_s", "sigma_s", "resize", "weights"}, as far as an .npz holds them; with a key, that array
+    as images and nothing else."""
     try:
         with np.load(path, allow_pickle=False) as archive:
             found = {} if key else {name: archive[name].astype(np.float64) for name in STATISTICS if name in archive}
+            found |= {name: str(archive[name]) for name in ("resize", "weights") if found and name in archive}
             if not key and len(archive.files) == 1:
                 key = archive.files[0]
             key = key or next((name for name in ("arr_0", "images") if name in archive), None)
-            return found | {"images": archive[key]} if key else found
+        return found | {"images": Archive(path, key)} if key else found
     except Exception as error:  # numpy and zipfile raise many kinds
         raise InputError(f"{path}: no readable .npz of plain arrays ({error}); save it with numpy.savez") from error
 
@@ -369,17 +444,22 @@ def read_set(name):
         path = Path(stem + ".npz")
     if not path.exists():
         raise InputError(f"{path}: no such file; give an .npz or a folder of images")
-    found = {"images": read_folder(path)} if path.is_dir() else read_npz(path, key)
-
+    if path.is_dir():
+        found = {"images": Folder(path)}
+        if len(found["images"]) < 2:
+            raise InputError(f"{path}: holds {len(found['images'])} .png, .jpg, .jpeg or .webp, and two are the least")
+        return found | {"name": name}
+    found = read_npz(path, key) | {"name": name}
     for part, shape in STATISTICS.items():
         if part in found and (found[part].shape != shape or not np.isfinite(found[part]).all()):
             raise InputError(f"{path}: {part} must be {shape} finite numbers; make a new file with --make-stats")
     images = found.get("images")
     if images is None and not {"mu", "sigma"} <= found.keys():
         raise InputError(f"{path}: has no arr_0, no images, no mu and sigma; name its array of images as {path}:KEY")
-    if images is not None and (images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or len(images) < 2):
-        raise InputError(f"{name}: {images.dtype} array {images.shape}; images must be uint8 (N,H,W,3), values 0..255, "
-                         "at least two")
+    if images is not None and (images.dtype != np.uint8 or images.columns_first or len(images.shape) != 4
+                               or images.shape[3] != 3 or 0 in images.shape or len(images) < 2):
+        raise InputError(f"{name}: {images.dtype} array {images.shape}; images must be uint8 (N,H,W,3), values 0..255 in "
+                         "C order, at least two")
     return found
 
 
@@ -390,77 +470,187 @@ def read_set(name):
 NEEDS = {"FID": "--ref", "sFID": "--ref, with mu_s and sigma_s if it has no images",
          "IS": "images, and weights with the last layer, fc",
          "precision": "images on both sides, at least 4", "recall": "images on both sides, at least 4"}
+BALLS = {"precision", "recall"}
 
 
-def describe(name, side, model, args):
-    """Add to a set what its images tell: pool, logits, and statistics unless the file brought its own."""
-    print(f"{name}: {len(side['images'])} images", file=sys.stderr)
-    side["pool"], spatial, side["logits"] = features(model, side["images"], args.batch_size, args.resize, args.device)
-    if not STATISTICS.keys() & side.keys():
-        if len(side["images"]) < 2048:
-            print(f"warning: {name}: fewer than 2048 images make a biased, noisy FID; take 50,000", file=sys.stderr)
-        side["mu"], side["sigma"] = statistics(side["pool"])
-        side["mu_s"], side["sigma_s"] = statistics(spatial)
+def has_statistics(side):
+    return not STATISTICS.keys().isdisjoint(side)
 
 
-def compare(samples, reference, device):
+def gaussian(side, metric):
+    """(mean, covariance) of a side for FID or sFID, or None if it has none.  What a file brought as statistics counts
+    before its images: ADM's reference has statistics of the whole training set, and only 10,000 of its images."""
+    feature, mu, sigma = {"FID": ("pool", "mu", "sigma"), "sFID": ("spatial", "mu_s", "sigma_s")}[metric]
+    if has_statistics(side):
+        return (side[mu], side[sigma]) if {mu, sigma} <= side.keys() else None
+    return statistics(side[feature]) if feature in side else None
+
+
+def compare(samples, reference, metrics, device):
     """{metric: number, or None where a side lacks what the metric needs}."""
-    scores = dict.fromkeys(NEEDS)
-    for metric, mu, sigma in (("FID", "mu", "sigma"), ("sFID", "mu_s", "sigma_s")):
-        if {mu, sigma} <= samples.keys() & reference.keys():
-            scores[metric] = frechet_distance(samples[mu], samples[sigma], reference[mu], reference[sigma])
-    if samples.get("logits") is not None:
+    scores = dict.fromkeys(metrics)
+    for metric in {"FID", "sFID"} & scores.keys():
+        ours, theirs = gaussian(samples, metric), gaussian(reference, metric)
+        scores[metric] = frechet_distance(*ours, *theirs) if ours and theirs else None
+    if "IS" in metrics and samples.get("logits") is not None:
         scores["IS"] = inception_score(samples["logits"].double().softmax(dim=1))
-    if min(len(side.get("pool", ())) for side in (samples, reference)) >= 4:
-        pools = [side["pool"].to(device) for side in (reference, samples)]
-        scores["precision"], scores["recall"] = precision_recall(*pools)
+    if BALLS & scores.keys() and min(len(side.get("pool", ())) for side in (samples, reference)) >= 4:
+        both = precision_recall(reference["pool"].to(device), samples["pool"].to(device))
+        scores.update((name, value) for name, value in zip(("precision", "recall"), both) if name in scores)
     return scores
 
 
-def evaluate(args):
-    """Run the command: {metric or setting: value}."""
+def standard_errors(samples, reference, metrics, device, count):
+    """{metric: its standard error, or None}: the spread over `count` random halves of the features of each side.
+
+    The spread of a mean over halves drawn without replacement equals the standard error of the mean over all, and so it
+    does, nearly, for whatever depends smoothly on means.  (The textbook bootstrap draws with replacement; but a point
+    and its double are neighbours at distance 0, and the balls of precision and recall would collapse.)
+    """
+    generator, runs = torch.Generator().manual_seed(0), []
+
+    def half(side):
+        rows = torch.randperm(len(side.get("pool", ())), generator=generator)
+        rows = rows[: len(rows) // 2].sort().values  # in order, for the consecutive splits of the Inception Score
+        return {name: value[rows] if torch.is_tensor(value) else value for name, value in side.items()}
+
+    for i in range(count):
+        print(f"\rresample {i + 1}/{count}", end="" if i + 1 < count else "\n", file=sys.stderr, flush=True)
+        runs.append(compare(half(samples), half(reference), metrics, device))
+    return {name: None if None in (values := [run[name] for run in runs]) else float(np.std(values, ddof=1))
+            for name in metrics}
+
+
+def warn(samples, reference, digest):
+    """Say on stderr what commonly spoils the numbers."""
+    def say(text):
+        print("warning:", text, file=sys.stderr)
+
+    for side in (samples, reference):
+        if side.get("weights", digest) != digest:
+            say(f"{side['name']}: its statistics were made with weights {side['weights']}, this run uses {digest}")
+        if len(side.get("pool", range(2048))) < 2048 and not has_statistics(side):
+            say(f"{side['name']}: {len(side['pool'])} images cannot fill Inception's 2048 dimensions, so FID and sFID come out "
+                "too high; compare only at equal counts (papers: 50,000)")
+    counts = [len(side["pool"]) for side in (samples, reference) if "pool" in side]
+    if len(counts) == 2 and counts[0] != counts[1] and counts != [50000, 10000]:  # the exception is ADM's own pair
+        say(f"{counts[0]} images against {counts[1]}: FID falls as either count rises, recall rises with the first and "
+            "precision with the second; compare only at these two counts")
+    paths = getattr(samples.get("images"), "paths", [])
+    if any(path.suffix.lower() in (".jpg", ".jpeg") for path in paths):
+        say(f"{samples['name']}: JPEG changes pixels, and FID sees it; save samples as PNG or .npz")
+
+
+def choose_device(name):
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if args.device == "auto":
-        args.device = next(name for name in available if available[name])
-    if not available[args.device]:
-        raise InputError(f"--device {args.device}: there is none on this machine; use --device auto")
+    name = next(kind for kind in available if available[kind]) if name == "auto" else name
+    if not available[name]:
+        raise InputError(f"--device {name}: there is none on this machine; use --device auto")
+    if name == "cuda" and "LOCAL_RANK" in os.environ:  # one GPU for each process of torchrun
+        return f"cuda:{os.environ['LOCAL_RANK']}"
+    return name
+
+
+def check_flags(args):
     if args.batch_size < 1:
         raise InputError(f"--batch-size {args.batch_size}: must be at least 1")
-    if not args.ref and not args.make_stats:
+    if args.bootstrap < 0 or args.bootstrap == 1:
+        raise InputError(f"--bootstrap {args.bootstrap}: a spread needs at least 2 resamples; take 20")
+    if not args.ref and not args.make_stats and args.metrics != ["IS"]:
         raise InputError("--ref is missing: name an .npz or a folder to compare with, or --make-stats OUT.npz")
     if args.make_stats and (Path(args.make_stats).exists() or not Path(args.make_stats).parent.is_dir()):
         raise InputError(f"--make-stats {args.make_stats}: exists already, or its folder does not; name a new file")
 
+
+def evaluate(args):
+    """Run the command: {metric or setting: value}, or None in all processes but the first."""
+    check_flags(args)
+    device, rank = choose_device(args.device), int(os.environ.get("RANK", 0))
+    metrics = list(dict.fromkeys(args.metrics or (NEEDS if args.ref else ["IS"])))
     samples, reference = read_set(args.samples), read_set(args.ref) if args.ref else {}
+    for side in (samples, reference):
+        if side.get("resize", args.resize) != args.resize:
+            raise InputError(f"{side['name']}: its statistics were made with --resize {side['resize']}; use that here too")
+    if args.make_stats and has_statistics(samples):
+        raise InputError(f"{args.samples}: holds statistics already; name its images, if any, as FILE.npz:KEY")
+
+    # Only images that some number needs go through the network.
+    balls = not BALLS.isdisjoint(metrics) and "images" in samples and "images" in reference
+    fits = bool(args.ref) and not {"FID", "sFID"}.isdisjoint(metrics)
+    seen = [side for side, alone in ((samples, args.make_stats or "IS" in metrics), (reference, False))
+            if "images" in side and (alone or balls or fits and not has_statistics(side))]
+    if args.bootstrap and min((len(side["images"]) for side in seen), default=0) < 8:
+        raise InputError("--bootstrap: halves need images, at least 8 of each set; statistics cannot be resampled")
+
     digest = None
-    if "images" in samples or "images" in reference:
+    if seen:
         weights = args.weights or published_weights()
-        model = load_inception(weights, args.device)
+        model = load_inception(weights, device)
         digest = hashlib.sha256(Path(weights).read_bytes()).hexdigest()[:8]
-        for name, side in ((args.samples, samples), (args.ref, reference)):
-            if "images" in side:
-                describe(name, side, model, args)
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            dist.init_process_group("gloo", timeout=timedelta(hours=12))  # readers of one disk may drift far apart
+        for side in seen:
+            if rank == 0:
+                print(f"{side['name']}: {len(side['images'])} images", file=sys.stderr)
+            found = features(model, side["images"], args.batch_size, args.resize, device)
+            side |= dict(zip(("pool", "spatial", "logits"), found))
+            if not side["pool"].isfinite().all():
+                raise InputError(f"--weights {weights}: features are not finite numbers; the file is damaged")
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    if rank > 0:
+        return None
+
     if args.make_stats:
+        arrays = dict(zip(STATISTICS, gaussian(samples, "FID") + gaussian(samples, "sFID")))
         with open(f"{args.make_stats}.tmp", "wb") as file:
-            np.savez(file, **{name: samples[name] for name in STATISTICS if name in samples})
+            np.savez(file, **arrays, resize=args.resize, weights=digest, count=len(samples["pool"]))
         os.replace(f"{args.make_stats}.tmp", args.make_stats)
-    counts = [len(side["images"]) if "images" in side else None for side in (samples, reference)]
-    settings = {"samples": counts[0], "reference": counts[1], "resize": args.resize, "weights": digest}
-    return compare(samples, reference, args.device) | settings
+    warn(samples, reference, digest)
+    result = compare(samples, reference, metrics, device)
+    if args.bootstrap:
+        result["standard_errors"] = standard_errors(samples, reference, metrics, device, args.bootstrap)
+    for role, side in (("samples", samples), ("reference", reference)):
+        result |= {role: side.get("name"), f"{role}_images": len(side["pool"]) if "pool" in side else None,
+                   f"{role}_statistics": has_statistics(side)}
+    return result | {"weights": digest, "resize": args.resize}
+
+
+def report(result):
+    """Print what `evaluate` found: the numbers, and all that one must know to compare them."""
+    errors = result.get("standard_errors", {})
+    for name in [name for name in NEEDS if name in result]:
+        value, error = result[name], errors.get(name)
+        print(f"{name:10}", f"unavailable (needs {NEEDS[name]})" if value is None else f"{value:.4f}",
+              "" if error is None else f"+- {error:.4f}")
+    for role in ("samples", "reference"):
+        parts = ["its statistics"] if result[f"{role}_statistics"] else []
+        parts += [f"{result[f'{role}_images']} images"] if result[f"{role}_images"] else []
+        print(f"{role:10}", f"{result[role]}: {', '.join(parts)}" if parts else "none")
+    if result["weights"]:
+        published = "" if result["weights"] in WEIGHTS else " (not the published file)"
+        print(f"{'Inception':10} weights {result['weights']}{published}, resize {result['resize']}")
 
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        self.exit(2, f"{self.prog}: {message}\n")  # without the usage text that argparse puts above it
+        self.exit(2, f"{self.prog}: {' '.join(str(message).split())}\n")  # one line, even if a library's message has more
+
+
+def metric_name(text):
+    """argparse type: a metric in its usual spelling, however it is typed."""
+    return next((name for name in NEEDS if name.lower() == text.lower()), text)
 
 
 def main(argv=None):
     parser = Parser(prog="fid.py", description=__doc__.partition("\n")[0])
     parser.add_argument("samples", help="FILE.npz, FILE.npz:KEY, a folder of images, or an .npz of statistics")
     parser.add_argument("--ref", help="what to compare with, in the same forms")
+    parser.add_argument("--metrics", nargs="+", choices=NEEDS, type=metric_name, help="default: all that there is data for")
+    parser.add_argument("--bootstrap", type=int, default=0, metavar="K", help="standard errors, from K resamples (20, say)")
     parser.add_argument("--weights", help="Inception weights (default: pytorch-fid's, downloaded once)")
     parser.add_argument("--resize", choices=["tf1", "half_pixel"], default="tf1", help="ADM's or pytorch-fid's")
-    parser.add_argument("--batch-size", type=int, default=50)
+    parser.add_argument("--batch-size", type=int, default=50, help="images at a time, in each process")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
     parser.add_argument("--make-stats", metavar="OUT.npz", help="write the statistics of SAMPLES, for use as --ref")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -468,15 +658,21 @@ def main(argv=None):
     try:
         result = evaluate(args)
     except InputError as error:
-        print(f"{parser.prog}:", *str(error).split(), file=sys.stderr)  # messages of libraries may span lines
-        raise SystemExit(2) from None
-    if args.json:
+        parser.error(error)
+    except OSError as error:
+        parser.error(f"{error.filename or 'a file'}: {error.strerror or error}")
+    except torch.OutOfMemoryError:
+        parser.error("the device's memory is full: use a smaller --batch-size")
+    except KeyboardInterrupt:
+        parser.exit(130, "interrupted\n")
+    except RuntimeError as error:
+        if not (dist.is_initialized() and "peer" in str(error)):
+            raise
+        parser.exit(2)  # another process has stopped, and has said why
+    if result and args.json:
         print(json.dumps(result))
-        return
-    for metric, needs in NEEDS.items():
-        value = result.pop(metric)
-        print(f"{metric:10}", f"unavailable (needs {needs})" if value is None else f"{value:.4f}")
-    print("   ".join(f"{name} {value}" for name, value in result.items()))
+    elif result:
+        report(result)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,11 @@
 """fid.py against the original evaluators (`goldens/`), against independent formulas, and against careless users."""
 import json
 import math
+import os
 import pickle
+import struct
+import subprocess
+import sys
 import urllib.error
 import zlib
 from pathlib import Path
@@ -111,7 +115,7 @@ def test_frechet_distance_equals_the_original():
 
 def test_frechet_distance_equals_sqrtm_where_that_works():
     rng = np.random.default_rng(0)
-    a, b = rng.standard_normal((400, 12)), rng.standard_normal((400, 12)) @ rng.standard_normal((12, 12)) + 0.3
+    a, b = rng.standard_normal((900, 256)), rng.standard_normal((900, 256)) @ rng.standard_normal((256, 256)) + 0.3
     (mu1, s1), (mu2, s2) = ((x.mean(axis=0), np.cov(x, rowvar=False)) for x in (a, b))
     root = scipy.linalg.sqrtm(s1 @ s2).real
     expected = np.square(mu1 - mu2).sum() + np.trace(s1 + s2 - 2 * root)
@@ -126,12 +130,16 @@ def exact_frechet_distance(a, b):
     return np.square(a.mean(0) - b.mean(0)).sum() + np.square(fa).sum() + np.square(fb).sum() - 2 * trace_of_root
 
 
-def test_frechet_distance_keeps_its_digits_with_few_images():
+@pytest.mark.parametrize("count", [200, 700])  # of the second set, in 512 dimensions
+def test_frechet_distance_keeps_its_digits_with_few_images(count):
     rng = np.random.default_rng(1)
-    a, b = torch.from_numpy(rng.standard_normal((200, 512))), torch.from_numpy(rng.standard_normal((200, 512)) + 0.1)
+    a, b = torch.from_numpy(rng.standard_normal((200, 512))), torch.from_numpy(rng.standard_normal((count, 512)) + 0.1)
     assert abs(fid.frechet_distance(*fid.statistics(a), *fid.statistics(a))) < 1e-9
     distance = fid.frechet_distance(*fid.statistics(a), *fid.statistics(b))
     assert distance == pytest.approx(exact_frechet_distance(a, b), abs=1e-8)
+
+
+def test_frechet_distance_of_few_images_equals_the_original():
     arrays, facts = golden("metrics_features")  # 50 rows in 64 dimensions
     distance = fid.frechet_distance(*fid.statistics(torch.from_numpy(arrays["a"][:50])),
                                     *fid.statistics(torch.from_numpy(arrays["b"][:50])))
@@ -170,68 +178,147 @@ def test_inception_score_equals_the_original():
     assert fid.inception_score(np.eye(4)) == pytest.approx(4)  # sure of each, all different; 0 * log 0 counts as 0
 
 
+# Files
+
+def test_folders_and_archives_are_read_in_slices(tmp_path):
+    images = some_images(7, seed=1)
+    np.savez(tmp_path / "stored.npz", images=images, labels=np.arange(7))
+    np.savez_compressed(tmp_path / "compressed.npz", arr_0=images)
+    (tmp_path / "folder" / "deep").mkdir(parents=True)
+    for i, image in enumerate(images):
+        Image.fromarray(image).save(tmp_path / "folder" / ("deep" if i == 3 else "") / f"{i}.{'png' if i % 2 else 'webp'}",
+                                    lossless=True)
+    for name in ("stored.npz", "stored.npz:images", "compressed.npz", "folder"):
+        found = fid.read_set(f"{tmp_path}/{name}")["images"]
+        expected = images[[0, 1, 2, 4, 5, 6, 3]] if name == "folder" else images  # sorted by path: deep/ comes last
+        assert len(found) == 7
+        for rows in (slice(0, 3), slice(3, 5), slice(6, 10), slice(0, 7)):  # forwards, and back again
+            assert np.array_equal(found[rows], expected[rows])
+
+
+def test_reading_ahead_keeps_order_and_errors():
+    assert list(fid.ahead(lambda x: x * x, range(5))) == [0, 1, 4, 9, 16] and list(fid.ahead(abs, [])) == []
+    reciprocals = fid.ahead(lambda x: 1 / x, [2, 1, 0])
+    assert next(reciprocals) == 0.5
+    with pytest.raises(ZeroDivisionError):
+        list(reciprocals)
+
+
 # Command
 
-def rootless_distance(mu1, sigma1, mu2, sigma2):
-    return float(np.square(mu1 - mu2).sum() + np.trace(sigma1) + 2 * np.trace(sigma2))
-
-
-@pytest.fixture
-def quick(monkeypatch):
-    """Spares the command the root of the distance, for eigenvectors in 2048 dimensions take many seconds."""
-    monkeypatch.setattr(fid, "frechet_distance", rootless_distance)
-
-
-def test_command_measures_a_folder_against_a_reference_file(model, weights, tmp_path, capsys, quick):
-    samples, reference = some_images(4, seed=1), some_images(5, seed=2)
-    (tmp_path / "samples" / "deep").mkdir(parents=True)
+def test_command_measures_a_folder_against_a_reference_file(model, weights, tmp_path, capsys):
+    samples, reference, others = some_images(4, seed=1), some_images(5, seed=2), some_images(6, seed=3)
+    (tmp_path / "samples").mkdir()
     for i, image in enumerate(samples):
-        Image.fromarray(image).save(tmp_path / "samples" / ("deep" if i < 2 else "") / f"{i}.png")
-    np.savez(tmp_path / "reference.npz", images=reference, labels=np.arange(5))
+        Image.fromarray(image).save(tmp_path / "samples" / f"{i}.png")
+    np.savez(tmp_path / "others.npz", images=others, labels=np.arange(6))
     stats, virtual = tmp_path / "stats.npz", tmp_path / "virtual.npz"
 
-    fid.main([str(tmp_path / "reference.npz"), "--make-stats", str(stats), "--weights", weights, "--device", "cpu"])
-    assert "FID        unavailable (needs --ref)" in capsys.readouterr().out
+    fid.main([str(tmp_path / "others.npz"), "--make-stats", str(stats), "--weights", weights, "--device", "cpu"])
+    printed = capsys.readouterr().out
+    assert "FID" not in printed and f"samples    {tmp_path / 'others.npz'}: 6 images" in printed
     with np.load(stats, allow_pickle=False) as archive:
-        assert {name: archive[name].shape for name in archive.files} == fid.STATISTICS
-        np.savez(virtual, arr_0=reference, **archive)  # as ADM's reference files: statistics and images
+        assert {name: archive[name].shape for name in fid.STATISTICS} == fid.STATISTICS
+        assert int(archive["count"]) == 6
+        # As ADM's reference files: statistics of many images (here of others), and some images.
+        np.savez(virtual, arr_0=reference, **{name: archive[name] for name in fid.STATISTICS})
     fid.main([str(tmp_path / "samples"), "--ref", str(virtual), "--weights", weights, "--device", "cpu",
               "--batch-size", "3", "--json"])
     printed = capsys.readouterr()
     result = json.loads(printed.out)
 
-    (pool, spatial, logits), (pool_r, spatial_r, _) = (fid.features(model, x) for x in (samples, reference))
+    (pool, spatial, logits), (pool_r, _, _), (pool_o, spatial_o, _) = (
+        fid.features(model, x) for x in (samples, reference, others))
     precision, recall = fid.precision_recall(pool_r, pool)
-    distance, distance_s = (rootless_distance(*fid.statistics(ours), *fid.statistics(theirs))
-                            for ours, theirs in ((pool, pool_r), (spatial, spatial_r)))
+    distance, distance_s = (fid.frechet_distance(*fid.statistics(ours), *fid.statistics(theirs))
+                            for ours, theirs in ((pool, pool_o), (spatial, spatial_o)))
     assert result == {"FID": pytest.approx(distance, rel=1e-4), "sFID": pytest.approx(distance_s, rel=1e-4),
                       "IS": pytest.approx(fid.inception_score(logits.double().softmax(dim=1)), rel=1e-5),
-                      "precision": precision, "recall": recall,
-                      "samples": 4, "reference": 5, "resize": "tf1", "weights": result["weights"]}
+                      "precision": precision, "recall": recall, "resize": "tf1", "weights": result["weights"],
+                      "samples": str(tmp_path / "samples"), "samples_images": 4, "samples_statistics": False,
+                      "reference": str(virtual), "reference_images": 5, "reference_statistics": True}
     assert len(result["weights"]) == 8
-    assert printed.err.count("fewer than 2048 images") == 1  # the samples; the reference brought its statistics
+    assert printed.err.count("cannot fill Inception's 2048 dimensions") == 1  # the reference brought its statistics
+    assert "warning: 4 images against 5: FID falls" in printed.err
 
 
-def test_command_with_statistics_alone_needs_no_network(tmp_path, capsys, quick):
+def test_only_what_is_asked_for_goes_through_the_network(weights, tmp_path, capsys, monkeypatch):
+    stats = {name: np.zeros(shape) for name, shape in fid.STATISTICS.items()}
+    np.savez(tmp_path / "samples.npz", some_images(4, seed=1))
+    np.savez(tmp_path / "virtual.npz", arr_0=some_images(5, seed=2), **stats)
+    seen, original = [], fid.features
+    monkeypatch.setattr(fid, "features", lambda model, images, *rest: seen.append(len(images)) or original(model, images, *rest))
+
+    def run(*flags):
+        seen.clear()
+        fid.main([str(tmp_path / "samples.npz"), "--weights", weights, "--device", "cpu", "--json", *flags])
+        return [name for name in json.loads(capsys.readouterr().out) if name in fid.NEEDS]
+
+    against = ("--ref", str(tmp_path / "virtual.npz"))
+    assert run(*against, "--metrics", "fid", "IS") == ["FID", "IS"] and seen == [4]
+    assert run(*against, "--metrics", "recall") == ["recall"] and seen == [4, 5]
+    assert run("--metrics", "IS") == ["IS"] and seen == [4]
+
+
+def test_standard_errors_are_those_of_repeated_draws():
+    def draw(seed):
+        noise = torch.randn(600, 8, generator=torch.Generator().manual_seed(seed))
+        return {"pool": noise * torch.linspace(0.5, 2, 8) + 0.6 * (seed % 2), "logits": 3 * noise}
+
+    metrics = ["FID", "IS", "precision", "recall"]
+    repeated = [fid.compare(draw(2 * i), draw(2 * i + 1), metrics, "cpu") for i in range(60)]
+    estimates = [fid.standard_errors(draw(2 * i), draw(2 * i + 1), metrics, "cpu", 20) for i in range(6)]
+    for metric in metrics:
+        truth = np.std([run[metric] for run in repeated], ddof=1)
+        assert np.mean([run[metric] for run in estimates]) == pytest.approx(truth, rel=0.35), metric
+
+
+def test_command_gives_standard_errors(weights, tmp_path, capsys):
+    np.savez(tmp_path / "two.npz", a=some_images(8, seed=1), b=some_images(8, seed=2))
+    arguments = [f"{tmp_path}/two.npz:a", "--ref", f"{tmp_path}/two.npz:b", "--weights", weights, "--device", "cpu",
+                 "--bootstrap", "3"]
+    fid.main([*arguments, "--json"])
+    result = json.loads(capsys.readouterr().out)
+    assert result["standard_errors"].keys() == fid.NEEDS.keys() and result["standard_errors"]["FID"] > 0
+    fid.main(arguments)
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first == f"FID        {result['FID']:.4f} +- {result['standard_errors']['FID']:.4f}"  # and the same again
+
+
+def test_two_processes_measure_as_one(weights, tmp_path, capsys):
+    np.savez(tmp_path / "two.npz", a=some_images(9, seed=1), b=some_images(3, seed=2))
+    arguments = [f"{tmp_path}/two.npz:a", "--ref", f"{tmp_path}/two.npz:b", "--weights", weights, "--device", "cpu",
+                 "--batch-size", "2", "--json"]
+    fid.main(arguments)
+    one = json.loads(capsys.readouterr().out)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--", fid.__file__]
+    two = subprocess.run(command + arguments, check=True, capture_output=True, timeout=300, text=True,
+                         env=dict(os.environ, OMP_NUM_THREADS="1"))
+    assert json.loads(two.stdout) == {name: pytest.approx(value, rel=1e-5) if isinstance(value, float) else value
+                                      for name, value in one.items()}
+
+
+def test_command_with_statistics_alone_needs_no_network(tmp_path, capsys):
     stats = {name: np.zeros(shape) for name, shape in fid.STATISTICS.items()}
     np.savez(tmp_path / "a.npz", **stats)
-    np.savez(tmp_path / "b.npz", mu=stats["mu"] + 1, sigma=stats["sigma"])
+    np.savez(tmp_path / "b.npz", mu=stats["mu"] + 1, sigma=np.eye(2048))
     fid.main([str(tmp_path / "a.npz"), "--ref", str(tmp_path / "b.npz"), "--json"])
     result = json.loads(capsys.readouterr().out)
-    assert result["FID"] == 2048
+    assert result["FID"] == pytest.approx(4096)
     assert {name for name, value in result.items() if value is None} == {
-        "sFID", "IS", "precision", "recall", "samples", "reference", "weights"}
+        "sFID", "IS", "precision", "recall", "samples_images", "reference_images", "weights"}
 
 
-def test_command_with_a_trunk_reports_no_inception_score(state, tmp_path, capsys, quick):
+def test_command_with_a_trunk_reports_no_inception_score(state, tmp_path, capsys):
     torch.save({key: value for key, value in state.items() if not key.startswith("fc.")}, tmp_path / "trunk.pth")
     np.savez(tmp_path / "two.npz", first=some_images(4, seed=3), second=some_images(4, seed=4))
     fid.main([f"{tmp_path}/two.npz:first", "--ref", f"{tmp_path}/two.npz:second",
               "--weights", str(tmp_path / "trunk.pth"), "--device", "cpu", "--resize", "half_pixel"])
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["FID", "sFID", "IS", "precision", "recall", "samples"]
+    assert [line.split()[0] for line in lines] == [
+        "FID", "sFID", "IS", "precision", "recall", "samples", "reference", "Inception"]
     assert lines[2].startswith("IS         unavailable (needs images, and weights with the last layer")
-    assert "resize half_pixel" in lines[5]
+    assert lines[7].endswith("(not the published file), resize half_pixel")
 
 
 def error_of(capsys, *argv):
@@ -245,37 +332,97 @@ def error_of(capsys, *argv):
 
 def test_bad_files_end_in_one_clear_line(tmp_path, capsys):
     good, bad = tmp_path / "good.npz", tmp_path / "bad.npz"
-    np.savez(good, some_images(4, seed=5))
+    images = some_images(4, seed=5)
+    np.savez(good, images)
 
     assert f"{tmp_path / 'absent.npz'}: no such file" in error_of(capsys, tmp_path / "absent.npz", "--ref", good)
     assert "no such file" in error_of(capsys, good, "--ref", tmp_path / "absent")
     for arrays, complaint in [
-        ({"arr_0": some_images(4, seed=5) / 255}, "float64 array (4, 24, 24, 3); images must be uint8"),
-        ({"arr_0": some_images(4, seed=5).transpose(0, 3, 1, 2)}, "images must be uint8 (N,H,W,3)"),
-        ({"arr_0": some_images(1, seed=5)}, "at least two"),
-        ({"x": some_images(4, seed=5), "y": some_images(4, seed=6)}, "bad.npz:KEY"),
-        ({"arr_0": np.array([{}], dtype=object)}, "bad.npz: no readable .npz of plain arrays"),
+        ({"arr_0": images / 255}, "float64 array (4, 24, 24, 3); images must be uint8"),
+        ({"arr_0": (images / 255).astype(np.float32)}, "float32 array"),
+        ({"arr_0": images.astype(np.uint16)}, "uint16 array"),
+        ({"arr_0": images[..., 0]}, "uint8 array (4, 24, 24); images must be uint8 (N,H,W,3)"),  # grey
+        ({"arr_0": np.concatenate([images, images[..., :1]], axis=3)}, "uint8 array (4, 24, 24, 4)"),  # RGBA
+        ({"arr_0": images.transpose(0, 3, 1, 2)}, "images must be uint8 (N,H,W,3)"),
+        ({"arr_0": np.asfortranarray(images)}, "C order"),
+        ({"arr_0": images[:1]}, "at least two"),
+        ({"arr_0": images[:0]}, "at least two"),
+        ({"x": images, "y": images}, "bad.npz:KEY"),
+        ({"arr_0": np.array([{}], dtype=object)}, "object array (1,); images must be uint8"),
         ({"mu": np.zeros(5), "sigma": np.eye(5)}, "(2048,) finite numbers"),
         ({"mu": np.zeros(2048), "sigma": np.full((2048, 2048), np.nan)}, "sigma must be (2048, 2048) finite numbers"),
         ({"mu": np.zeros(2048), "mu_s": np.zeros(2023)}, "no mu and sigma"),
+        ({"mu": np.zeros(2048), "sigma": np.eye(2048), "resize": "half_pixel"}, "bad.npz: its statistics were made with --resize"),
     ]:
         np.savez(bad, **arrays)
         assert complaint in " ".join(error_of(capsys, good, "--ref", bad).split())
     assert "nokey" in error_of(capsys, f"{good}:nokey", "--ref", good)
+    np.savez(bad, mu=np.zeros(2048), sigma=np.eye(2048))
+    assert "holds statistics already" in error_of(capsys, bad, "--make-stats", tmp_path / "new.npz")
+    assert "--bootstrap: halves need images" in error_of(capsys, bad, "--ref", bad, "--bootstrap", "5")
     bad.write_bytes(pickle.dumps({"arr_0": 1}))
     assert "bad.npz: no readable .npz" in error_of(capsys, bad, "--ref", good)
     bad.write_bytes(good.read_bytes()[:1000])
     assert "bad.npz: no readable .npz" in error_of(capsys, bad, "--ref", good)
 
 
+def last_error_of(capsys, *argv):
+    """The same for damage that shows only once images are being read: progress and warnings may stand before it."""
+    with pytest.raises(SystemExit) as stop:
+        fid.main([str(word) for word in argv])
+    printed = capsys.readouterr()
+    assert stop.value.code == 2 and printed.out == "" and "Traceback" not in printed.err
+    return printed.err.splitlines()[-1]
+
+
+def test_damage_found_while_reading_ends_in_one_clear_line(state, weights, tmp_path, capsys):
+    good, bad = tmp_path / "good.npz", tmp_path / "bad.npz"
+    np.savez(good, some_images(4, seed=5))
+    content = bytearray(good.read_bytes())
+    content[3000] ^= 255  # one pixel: the archive's checksum knows
+    bad.write_bytes(content)
+    end = ("--ref", good, "--weights", weights, "--device", "cpu")
+    stats = ("--make-stats", tmp_path / "stats.npz")
+    assert f"{bad}: damaged after 2 images" in last_error_of(capsys, bad, *end, *stats, "--batch-size", "2")
+
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for i, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (3, 24, 24, 3), dtype=np.uint8)):
+        Image.fromarray(pixels).save(pictures / f"{i}.png")
+    whole = (pictures / "1.png").read_bytes()
+    (pictures / "1.png").write_bytes(whole[: len(whole) // 2])
+    assert f"{pictures / '1.png'}: damaged image" in last_error_of(capsys, pictures, *end, *stats)
+
+    torch.save(state | {"Conv2d_1a_3x3.conv.weight": torch.full((32, 3, 3, 3), torch.nan)}, tmp_path / "nan.pth")
+    nan = ("--weights", tmp_path / "nan.pth", "--device", "cpu")
+    assert "nan.pth: features are not finite" in last_error_of(capsys, good, "--ref", good, *nan, *stats)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.npz", "good.npz", "nan.pth", "pictures"]  # no stats
+
+
+def png_of_16_bits(size):
+    """An RGB PNG with two bytes a channel, which Pillow reads but does not write."""
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    rows = (b"\0" + bytes(6 * size)) * size
+    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", size, size, 16, 2, 0, 0, 0))
+            + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
+
+
 def test_bad_folders_end_in_one_clear_line(tmp_path, capsys):
-    assert "no .png" in error_of(capsys, tmp_path, "--ref", tmp_path)
+    assert f"{tmp_path}: holds 0 .png" in error_of(capsys, tmp_path, "--ref", tmp_path)
     Image.new("RGB", (8, 6)).save(tmp_path / "a.png")
-    Image.new("L", (6, 6)).save(tmp_path / "b.webp")
+    assert f"{tmp_path}: holds 1 .png" in error_of(capsys, tmp_path, "--ref", tmp_path)
+    for mode in ("L", "RGBA", "I;16", "P"):  # none of these becomes RGB without a decision that is not ours
+        Image.new(mode, (8, 6)).save(tmp_path / "b.png")
+        message = error_of(capsys, tmp_path, "--ref", tmp_path)
+        assert f"{tmp_path / 'b.png'}: " in message and f"{mode} pixels, not 8-bit RGB" in message
+    (tmp_path / "b.png").write_bytes(png_of_16_bits(8))
+    assert f"{tmp_path / 'b.png'}: 16-bit RGB pixels" in error_of(capsys, tmp_path, "--ref", tmp_path)
+    Image.new("RGB", (6, 6)).save(tmp_path / "b.png")
     message = error_of(capsys, tmp_path, "--ref", tmp_path)
-    assert f"{tmp_path / 'b.webp'}: 6x6 pixels, but {tmp_path / 'a.png'} has 8x6" in message
-    (tmp_path / "b.webp").write_bytes(b"not an image")
-    assert f"{tmp_path / 'b.webp'}: cannot be read" in error_of(capsys, tmp_path, "--ref", tmp_path)
+    assert f"{tmp_path / 'b.png'}: 6x6 pixels, but {tmp_path / 'a.png'} has 8x6" in message
+    (tmp_path / "b.png").write_bytes(b"not an image")
+    assert f"{tmp_path / 'b.png'}: cannot be read" in error_of(capsys, tmp_path, "--ref", tmp_path)
 
 
 def test_bad_flags_and_weights_end_in_one_clear_line(state, tmp_path, capsys, monkeypatch):
@@ -284,7 +431,10 @@ def test_bad_flags_and_weights_end_in_one_clear_line(state, tmp_path, capsys, mo
 
     assert "--ref is missing" in error_of(capsys, good)
     assert "--resize" in error_of(capsys, good, "--ref", good, "--resize", "bicubic")
+    assert "--metrics: invalid choice: 'kid'" in error_of(capsys, good, "--ref", good, "--metrics", "kid")
     assert "--batch-size 0" in error_of(capsys, good, "--ref", good, "--batch-size", "0")
+    assert "--bootstrap 1" in error_of(capsys, good, "--ref", good, "--bootstrap", "1")
+    assert "at least 8" in error_of(capsys, good, "--ref", good, "--bootstrap", "5")
     assert f"--make-stats {good}: exists already" in error_of(capsys, good, "--make-stats", good)
     assert "--weights" in error_of(capsys, good, "--ref", good, "--weights", weights)  # no such file
     if not torch.cuda.is_available():
