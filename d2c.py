@@ -452,6 +452,8 @@ class ContinuousGenerator(nn.Module):
 
     checkpointing = False  # recompute the blocks in the backward pass: a third more time, far less memory
 
+    ADDED = ("fusion.", "code_embedding.", "null_code", "guess.")  # the parameters that MAR does not have
+
     def __init__(self, config):
         super().__init__()
         if config.fusion != "none" and config.codebook_size < 1:
@@ -512,7 +514,7 @@ class ContinuousGenerator(nn.Module):
     def load_published(self, state):
         """Load MAR's weights into a model of the same sizes; all that MAR lacks may be missing, and then stays fresh.
         Raises RuntimeError naming keys."""
-        added = {key for key in self.state_dict() if key.startswith(("fusion.", "code_embedding.", "null_code", "guess."))}
+        added = {key for key in self.state_dict() if key.startswith(self.ADDED)}
         fresh = added if added.isdisjoint(state) else set()
         missing, extra = self.load_state_dict(state, strict=False)
         missing = [key for key in missing if key not in fresh]

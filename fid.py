@@ -219,13 +219,11 @@ def published_weights():
 
 def load_inception(path, device="cpu"):
     """The network with the weights of a file, made fast.  Raises InputError if they are not those of the FID Inception."""
-    if not Path(path).is_file():
-        raise InputError(f"--weights {path}: no such file; without the flag {WEIGHTS} is downloaded")
     try:
         model = inception_from_state(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # not a torch file, not a dict of tensors, other keys, other shapes
-        raise InputError(f"--weights {path}: not the state dict of {WEIGHTS} ({str(error)[:150]}); "
-                         "without the flag that file is downloaded") from error
+        raise InputError(f"{path}: damaged, or not the weights of {WEIGHTS} ({str(error)[:150]}); name another file with "
+                         "--weights, or delete it and without the flag a new one is downloaded") from error
     for layer in model.modules():
         if isinstance(layer, Conv):  # in eval mode a batch norm is a scale and a shift: the convolution can do both
             layer.conv, layer.bn = fuse_conv_bn_eval(layer.conv, layer.bn), nn.Identity()
@@ -282,15 +280,19 @@ def features(model, images, batch_size=50, resize="tf1", device="cpu"):
     found = [torch.zeros(len(images), width) for width in ([2048, 2023] if model.fc is None else [2048, 2023, 1008])]
     starts = range(rank * batch_size, len(images), size * batch_size)
     begun, shown = time.time(), 0
-    for i, batch in zip(starts, ahead(lambda i: torch.as_tensor(images[i : i + batch_size]), starts)):
-        x = preprocess(batch.to(device), resize)  # (B,3,299,299)
-        for whole, part in zip(found, model(x.contiguous(memory_format=torch.channels_last))):  # layout of the weights
-            whole[i : i + len(part)] = part
-        now, done = time.time(), min(i + size * batch_size, len(images))
-        if rank == 0 and (now - shown > 1 or done == len(images)):
-            shown, rate = now, done / (now - begun)
-            print(f"\r{done}/{len(images)} images, {rate:.1f}/s, {(len(images) - done) / rate:.0f} s left    ",
-                  end="" if done < len(images) else "\n", file=sys.stderr, flush=True)
+    try:
+        for i, batch in zip(starts, ahead(lambda i: torch.as_tensor(images[i : i + batch_size]), starts)):
+            x = preprocess(batch.to(device), resize)  # (B,3,299,299)
+            for whole, part in zip(found, model(x.contiguous(memory_format=torch.channels_last))):  # as the weights lie
+                whole[i : i + len(part)] = part
+            now, done = time.time(), min(i + size * batch_size, len(images))
+            if rank == 0 and (now - shown > 1 or done == len(images)):
+                shown, rate = now, done / (now - begun)
+                print(f"\r{done}/{len(images)} images, {rate:.1f}/s, {(len(images) - done) / rate:.0f} s left    ",
+                      end="", file=sys.stderr, flush=True)
+    finally:
+        if shown:
+            print(file=sys.stderr)  # whatever comes next, an error too, begins a line
     for whole in found if size > 1 else []:
         dist.reduce(whole, 0)  # every row is zero in all processes but one, so the sum is the whole
     return found if len(found) == 3 else [*found, None]
@@ -361,10 +363,11 @@ def precision_recall(reference, samples, k=3, block=1000):
 
 
 class Folder:
-    """All PNG, JPEG and WebP images below a folder, sorted by path.  All are checked before the first is decoded."""
+    """All PNG, JPEG and WebP images below a folder.  The headers of all are checked before the first is decoded."""
 
     def __init__(self, folder):
         self.paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
+        np.random.default_rng(0).shuffle(self.paths)  # in order of classes the splits of the Inception Score would hold few
         self.threads = ThreadPoolExecutor(min(8, os.cpu_count()))
         first = None
         for path in self.paths:
@@ -415,10 +418,10 @@ class Archive:
         size = math.prod(self.shape[1:])  # bytes of an image
         try:
             self.file.seek(self.start + begin * size)
-            data = bytearray(self.file.read((end - begin) * size))
+            data = bytearray(self.file.read((end - begin) * size))  # torch wants writable memory
             return np.frombuffer(data, np.uint8).reshape(end - begin, *self.shape[1:])
         except Exception as error:  # zipfile, zlib and reshape each have their own kind
-            raise InputError(f"{self.path}: damaged after {begin} images ({error}); copy it again") from error
+            raise InputError(f"{self.path}: damaged ({error}); copy it again") from error
 
 
 def read_npz(path, key):
@@ -427,7 +430,9 @@ def read_npz(path, key):
     try:
         with np.load(path, allow_pickle=False) as archive:
             found = {} if key else {name: archive[name].astype(np.float64) for name in STATISTICS if name in archive}
-            found |= {name: str(archive[name]) for name in ("resize", "weights") if found and name in archive}
+            if found:  # what --make-stats notes; files of ADM's evaluator have mu_s, and no notes
+                notes = {"resize": "tf1"} if "mu_s" in found else {}
+                found |= notes | {name: str(archive[name]) for name in ("resize", "weights") if name in archive}
             if not key and len(archive.files) == 1:
                 key = archive.files[0]
             key = key or next((name for name in ("arr_0", "images") if name in archive), None)
@@ -467,41 +472,53 @@ def read_set(name):
 # The command
 # ---------------------------------------------------------------------------------------------------------------------
 
-NEEDS = {"FID": "--ref", "sFID": "--ref, with mu_s and sigma_s if it has no images",
-         "IS": "images, and weights with the last layer, fc",
-         "precision": "images on both sides, at least 4", "recall": "images on both sides, at least 4"}
-BALLS = {"precision", "recall"}
+# From here on a set is a dict with some of: name, images, mu, sigma, mu_s, sigma_s, resize, weights (as read from its files),
+# pool, spatial, logits (once its images have been through the network).
+
+METRICS = ["FID", "sFID", "IS", "precision", "recall"]
+FITS, BALLS = {"FID", "sFID"}, {"precision", "recall"}  # what compares Gaussians, what looks for neighbours
 
 
 def has_statistics(side):
     return not STATISTICS.keys().isdisjoint(side)
 
 
+def obstacle(metric, samples, reference):
+    """Why a metric cannot be had of two sets, or None.  Statistics of a file count before its images: ADM's reference has
+    those of the whole training set, and only 10,000 of its images."""
+    if metric == "IS":
+        return None if "images" in samples else "the samples have no images"
+    if not reference:
+        return "there is no --ref"
+    for side in (samples, reference):
+        needed = {"FID": {"mu", "sigma"}, "sFID": {"mu_s", "sigma_s"}}.get(metric, set())
+        if needed and has_statistics(side) and not needed <= side.keys():
+            return f"{side['name']} has statistics without {' and '.join(sorted(needed))}"
+        if metric in BALLS and ("images" not in side or len(side["images"]) < 4):
+            return f"{side['name']} has no images, or fewer than 4"
+    return None
+
+
 def gaussian(side, metric):
-    """(mean, covariance) of a side for FID or sFID, or None if it has none.  What a file brought as statistics counts
-    before its images: ADM's reference has statistics of the whole training set, and only 10,000 of its images."""
+    """(mean, covariance) of a set for FID or sFID: its own statistics, or those of its features."""
     feature, mu, sigma = {"FID": ("pool", "mu", "sigma"), "sFID": ("spatial", "mu_s", "sigma_s")}[metric]
-    if has_statistics(side):
-        return (side[mu], side[sigma]) if {mu, sigma} <= side.keys() else None
-    return statistics(side[feature]) if feature in side else None
+    return (side[mu], side[sigma]) if has_statistics(side) else statistics(side[feature])
 
 
 def compare(samples, reference, metrics, device):
-    """{metric: number, or None where a side lacks what the metric needs}."""
-    scores = dict.fromkeys(metrics)
-    for metric in {"FID", "sFID"} & scores.keys():
-        ours, theirs = gaussian(samples, metric), gaussian(reference, metric)
-        scores[metric] = frechet_distance(*ours, *theirs) if ours and theirs else None
-    if "IS" in metrics and samples.get("logits") is not None:
+    """{metric: number} for metrics that meet no obstacle."""
+    scores = {metric: frechet_distance(*gaussian(samples, metric), *gaussian(reference, metric))
+              for metric in metrics if metric in FITS}
+    if "IS" in metrics:
         scores["IS"] = inception_score(samples["logits"].double().softmax(dim=1))
-    if BALLS & scores.keys() and min(len(side.get("pool", ())) for side in (samples, reference)) >= 4:
+    if not BALLS.isdisjoint(metrics):
         both = precision_recall(reference["pool"].to(device), samples["pool"].to(device))
-        scores.update((name, value) for name, value in zip(("precision", "recall"), both) if name in scores)
-    return scores
+        scores |= dict(zip(("precision", "recall"), both))
+    return {metric: scores[metric] for metric in metrics}
 
 
 def standard_errors(samples, reference, metrics, device, count):
-    """{metric: its standard error, or None}: the spread over `count` random halves of the features of each side.
+    """{metric: its standard error}: the spread over `count` random halves of the features of each set.
 
     The spread of a mean over halves drawn without replacement equals the standard error of the mean over all, and so it
     does, nearly, for whatever depends smoothly on means.  (The textbook bootstrap draws with replacement; but a point
@@ -509,7 +526,7 @@ def standard_errors(samples, reference, metrics, device, count):
     """
     generator, runs = torch.Generator().manual_seed(0), []
 
-    def half(side):
+    def half(side):  # a set that is known by its statistics alone stays as it is
         rows = torch.randperm(len(side.get("pool", ())), generator=generator)
         rows = rows[: len(rows) // 2].sort().values  # in order, for the consecutive splits of the Inception Score
         return {name: value[rows] if torch.is_tensor(value) else value for name, value in side.items()}
@@ -517,27 +534,32 @@ def standard_errors(samples, reference, metrics, device, count):
     for i in range(count):
         print(f"\rresample {i + 1}/{count}", end="" if i + 1 < count else "\n", file=sys.stderr, flush=True)
         runs.append(compare(half(samples), half(reference), metrics, device))
-    return {name: None if None in (values := [run[name] for run in runs]) else float(np.std(values, ddof=1))
-            for name in metrics}
+    return {metric: float(np.std([run[metric] for run in runs], ddof=1)) for metric in metrics}
 
 
-def warn(samples, reference, digest):
+def warn(samples, reference, metrics, digest):
     """Say on stderr what commonly spoils the numbers."""
     def say(text):
         print("warning:", text, file=sys.stderr)
 
+    fits, balls = (not group.isdisjoint(metrics) for group in (FITS, BALLS))
+    count, reference_count = (len(side["images"]) if "images" in side else None for side in (samples, reference))
+    published = has_statistics(reference) and count == 50000
+    used = {digest, *(side.get("weights") for side in (samples, reference))} - {None}
+    if fits and len(used) > 1:
+        say(f"features made with different weights ({', '.join(sorted(used))}) do not compare")
     for side in (samples, reference):
-        if side.get("weights", digest) != digest:
-            say(f"{side['name']}: its statistics were made with weights {side['weights']}, this run uses {digest}")
-        if len(side.get("pool", range(2048))) < 2048 and not has_statistics(side):
-            say(f"{side['name']}: {len(side['pool'])} images cannot fill Inception's 2048 dimensions, so FID and sFID come out "
-                "too high; compare only at equal counts (papers: 50,000)")
-    counts = [len(side["pool"]) for side in (samples, reference) if "pool" in side]
-    if len(counts) == 2 and counts[0] != counts[1] and counts != [50000, 10000]:  # the exception is ADM's own pair
-        say(f"{counts[0]} images against {counts[1]}: FID falls as either count rises, recall rises with the first and "
+        if fits and has_statistics(side) and "resize" not in side:
+            say(f"{side['name']}: does not say how its images were resized (pytorch-fid's statistics are half_pixel)")
+        if fits and "images" in side and not has_statistics(side) and len(side["images"]) < 2048:
+            say(f"{side['name']}: {len(side['images'])} images cannot fill Inception's 2048 dimensions, so FID and sFID come out "
+                "far too high; compare only at equal counts")
+    if fits and count and has_statistics(reference) and not published:
+        say(f"{samples['name']}: {count} images; FID falls as their number grows, and published ones have 50000")
+    if count and reference_count and count != reference_count and not published and (fits or balls):
+        say(f"{count} images against {reference_count}: FID falls as either count grows, recall rises with the first and "
             "precision with the second; compare only at these two counts")
-    paths = getattr(samples.get("images"), "paths", [])
-    if any(path.suffix.lower() in (".jpg", ".jpeg") for path in paths):
+    if any(path.suffix.lower() in (".jpg", ".jpeg") for path in getattr(samples.get("images"), "paths", [])):
         say(f"{samples['name']}: JPEG changes pixels, and FID sees it; save samples as PNG or .npz")
 
 
@@ -546,7 +568,9 @@ def choose_device(name):
     name = next(kind for kind in available if available[kind]) if name == "auto" else name
     if not available[name]:
         raise InputError(f"--device {name}: there is none on this machine; use --device auto")
-    if name == "cuda" and "LOCAL_RANK" in os.environ:  # one GPU for each process of torchrun
+    if name == "cuda" and dist.is_torchelastic_launched():  # one GPU for each process of torchrun
+        if int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
+            raise InputError(f"--nproc_per_node: there are only {torch.cuda.device_count()} GPUs")
         return f"cuda:{os.environ['LOCAL_RANK']}"
     return name
 
@@ -558,75 +582,116 @@ def check_flags(args):
         raise InputError(f"--bootstrap {args.bootstrap}: a spread needs at least 2 resamples; take 20")
     if not args.ref and not args.make_stats and args.metrics != ["IS"]:
         raise InputError("--ref is missing: name an .npz or a folder to compare with, or --make-stats OUT.npz")
-    if args.make_stats and (Path(args.make_stats).exists() or not Path(args.make_stats).parent.is_dir()):
-        raise InputError(f"--make-stats {args.make_stats}: exists already, or its folder does not; name a new file")
+    if args.make_stats:
+        path = Path(args.make_stats)
+        if path.exists() or not os.access(path.parent, os.W_OK):
+            raise InputError(f"--make-stats {path}: exists already, or its folder cannot be written to; name a new file")
+
+
+def check_sets(samples, reference, args):
+    """Raises InputError for what cannot be compared as the command asks, before any image is looked at."""
+    for side in (samples, reference):
+        if side.get("resize", args.resize) != args.resize:
+            raise InputError(f"{side['name']}: its statistics were made with --resize {side['resize']}; use that here too")
+    for metric in args.metrics or []:
+        if reason := obstacle(metric, samples, reference):
+            raise InputError(f"--metrics {metric}: {reason}; name images as FOLDER or FILE.npz:KEY")
+    if args.make_stats and has_statistics(samples):
+        raise InputError(f"{args.samples}: holds statistics already; name its images, if any, as FILE.npz:KEY")
+    if args.bootstrap and "images" not in samples:
+        raise InputError("--bootstrap: the samples are statistics, which cannot be resampled; give their images")
+    for side in (samples, reference):
+        if args.bootstrap and len(side.get("images", range(8))) < 8:
+            raise InputError(f"--bootstrap: {side['name']} has {len(side['images'])} images, and halves need at least 8")
+
+
+def look(sides, weights, args, device):
+    """Send the images of some sets through the network; among several processes only the first has the result."""
+    rank = int(os.environ.get("RANK", 0))
+    model = load_inception(weights, device)
+    if dist.is_torchelastic_launched():
+        dist.init_process_group("gloo", timeout=timedelta(hours=12))  # readers of one disk may drift far apart
+    for side in sides:
+        if rank == 0:
+            print(f"{side['name']}: {len(side['images'])} images", file=sys.stderr)
+        side |= dict(zip(("pool", "spatial", "logits"),
+                         features(model, side["images"], args.batch_size, args.resize, device)))
+        if not side["pool"].isfinite().all():
+            raise InputError(f"{weights}: makes features that are not finite numbers; the file is damaged")
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def save_statistics(path, samples, args, digest):
+    arrays = dict(zip(STATISTICS, gaussian(samples, "FID") + gaussian(samples, "sFID")))
+    notes = dict(resize=args.resize, weights=digest, count=len(samples["pool"]))
+    temporary = Path(f"{path}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            np.savez(file, **arrays, **notes)
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise InputError(f"--make-stats {path}: cannot be written ({error.strerror}); free space or name another") from error
 
 
 def evaluate(args):
     """Run the command: {metric or setting: value}, or None in all processes but the first."""
     check_flags(args)
-    device, rank = choose_device(args.device), int(os.environ.get("RANK", 0))
-    metrics = list(dict.fromkeys(args.metrics or (NEEDS if args.ref else ["IS"])))
+    device = choose_device(args.device)
     samples, reference = read_set(args.samples), read_set(args.ref) if args.ref else {}
-    for side in (samples, reference):
-        if side.get("resize", args.resize) != args.resize:
-            raise InputError(f"{side['name']}: its statistics were made with --resize {side['resize']}; use that here too")
-    if args.make_stats and has_statistics(samples):
-        raise InputError(f"{args.samples}: holds statistics already; name its images, if any, as FILE.npz:KEY")
+    check_sets(samples, reference, args)
+    metrics = args.metrics or (METRICS if args.ref else ["IS"])
+    obstacles = {metric: obstacle(metric, samples, reference) for metric in metrics}
+    metrics = [metric for metric in metrics if not obstacles[metric]]
 
-    # Only images that some number needs go through the network.
-    balls = not BALLS.isdisjoint(metrics) and "images" in samples and "images" in reference
-    fits = bool(args.ref) and not {"FID", "sFID"}.isdisjoint(metrics)
-    seen = [side for side, alone in ((samples, args.make_stats or "IS" in metrics), (reference, False))
-            if "images" in side and (alone or balls or fits and not has_statistics(side))]
-    if args.bootstrap and min((len(side["images"]) for side in seen), default=0) < 8:
-        raise InputError("--bootstrap: halves need images, at least 8 of each set; statistics cannot be resampled")
+    def needed(side):  # only images that some number needs go through the network
+        if side is samples and ("IS" in metrics or args.make_stats):
+            return True
+        fits = not FITS.isdisjoint(metrics) and not has_statistics(side)
+        return "images" in side and (fits or not BALLS.isdisjoint(metrics))
 
-    digest = None
-    if seen:
+    sides, digest = [side for side in (samples, reference) if needed(side)], None
+    if sides:
         weights = args.weights or published_weights()
-        model = load_inception(weights, device)
+        if not Path(weights).is_file():
+            raise InputError(f"--weights {weights}: no such file; without the flag {WEIGHTS} is downloaded")
         digest = hashlib.sha256(Path(weights).read_bytes()).hexdigest()[:8]
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            dist.init_process_group("gloo", timeout=timedelta(hours=12))  # readers of one disk may drift far apart
-        for side in seen:
-            if rank == 0:
-                print(f"{side['name']}: {len(side['images'])} images", file=sys.stderr)
-            found = features(model, side["images"], args.batch_size, args.resize, device)
-            side |= dict(zip(("pool", "spatial", "logits"), found))
-            if not side["pool"].isfinite().all():
-                raise InputError(f"--weights {weights}: features are not finite numbers; the file is damaged")
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    if rank > 0:
+    if int(os.environ.get("RANK", 0)) == 0:
+        warn(samples, reference, metrics, digest)
+    if sides:
+        look(sides, weights, args, device)
+    if int(os.environ.get("RANK", 0)) > 0:
         return None
-
+    if "IS" in metrics and samples["logits"] is None:
+        metrics.remove("IS")
+        obstacles["IS"] = "the weights have no last layer, fc"
     if args.make_stats:
-        arrays = dict(zip(STATISTICS, gaussian(samples, "FID") + gaussian(samples, "sFID")))
-        with open(f"{args.make_stats}.tmp", "wb") as file:
-            np.savez(file, **arrays, resize=args.resize, weights=digest, count=len(samples["pool"]))
-        os.replace(f"{args.make_stats}.tmp", args.make_stats)
-    warn(samples, reference, digest)
+        save_statistics(args.make_stats, samples, args, digest)
     result = compare(samples, reference, metrics, device)
     if args.bootstrap:
         result["standard_errors"] = standard_errors(samples, reference, metrics, device, args.bootstrap)
     for role, side in (("samples", samples), ("reference", reference)):
         result |= {role: side.get("name"), f"{role}_images": len(side["pool"]) if "pool" in side else None,
-                   f"{role}_statistics": has_statistics(side)}
-    return result | {"weights": digest, "resize": args.resize}
+                   f"{role}_statistics": has_statistics(side) and not FITS.isdisjoint(metrics)}
+    unavailable = {metric: reason for metric, reason in obstacles.items() if reason}
+    return result | {"unavailable": unavailable, "weights": digest, "resize": args.resize}
 
 
 def report(result):
     """Print what `evaluate` found: the numbers, and all that one must know to compare them."""
     errors = result.get("standard_errors", {})
-    for name in [name for name in NEEDS if name in result]:
-        value, error = result[name], errors.get(name)
-        print(f"{name:10}", f"unavailable (needs {NEEDS[name]})" if value is None else f"{value:.4f}",
-              "" if error is None else f"+- {error:.4f}")
+    for metric in METRICS:
+        if metric in result:
+            value = round(result[metric], 4) + 0.0  # not -0.0000
+            print(f"{metric:10} {value:.4f}" + (f" +- {errors[metric]:.4f}" if metric in errors else ""))
+        elif metric in result["unavailable"]:
+            print(f"{metric:10} unavailable: {result['unavailable'][metric]}")
     for role in ("samples", "reference"):
         parts = ["its statistics"] if result[f"{role}_statistics"] else []
         parts += [f"{result[f'{role}_images']} images"] if result[f"{role}_images"] else []
-        print(f"{role:10}", f"{result[role]}: {', '.join(parts)}" if parts else "none")
+        if parts:
+            print(f"{role:10} {result[role]}: {', '.join(parts)}")
     if result["weights"]:
         published = "" if result["weights"] in WEIGHTS else " (not the published file)"
         print(f"{'Inception':10} weights {result['weights']}{published}, resize {result['resize']}")
@@ -639,14 +704,14 @@ class Parser(argparse.ArgumentParser):
 
 def metric_name(text):
     """argparse type: a metric in its usual spelling, however it is typed."""
-    return next((name for name in NEEDS if name.lower() == text.lower()), text)
+    return next((name for name in METRICS if name.lower() == text.lower()), text)
 
 
 def main(argv=None):
     parser = Parser(prog="fid.py", description=__doc__.partition("\n")[0])
     parser.add_argument("samples", help="FILE.npz, FILE.npz:KEY, a folder of images, or an .npz of statistics")
     parser.add_argument("--ref", help="what to compare with, in the same forms")
-    parser.add_argument("--metrics", nargs="+", choices=NEEDS, type=metric_name, help="default: all that there is data for")
+    parser.add_argument("--metrics", nargs="+", choices=METRICS, type=metric_name, help="default: all that there is data for")
     parser.add_argument("--bootstrap", type=int, default=0, metavar="K", help="standard errors, from K resamples (20, say)")
     parser.add_argument("--weights", help="Inception weights (default: pytorch-fid's, downloaded once)")
     parser.add_argument("--resize", choices=["tf1", "half_pixel"], default="tf1", help="ADM's or pytorch-fid's")
@@ -658,6 +723,8 @@ def main(argv=None):
     try:
         result = evaluate(args)
     except InputError as error:
+        if int(os.environ.get("RANK", 0)) > 0 and not dist.is_initialized():
+            parser.exit(2)  # the first process meets the same error and says so
         parser.error(error)
     except OSError as error:
         parser.error(f"{error.filename or 'a file'}: {error.strerror or error}")

@@ -14,7 +14,9 @@ the pictures depend on --seed and --batch-size, and not on the number of process
 Reading order: models, pictures, the command.
 """
 import math
+import shutil
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +24,9 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from d2c import PRESETS, ContinuousConfig, ContinuousGenerator, DiscreteConfig, DiscreteGenerator, generate
-from tokenizers import (KL16_SCALE, InputError, KLTokenizer, Parser, Processes, VQTokenizer, autocast, clock, load_published,
-                        load_tokenizers, not_negative, positive, read_checkpoint, read_image, seed_number, seed_of, to_float,
-                        to_map, to_uint8, write_atomically)
+from tokenizers import (KL16_SCALE, InputError, KLTokenizer, Parser, Processes, SharedArrays, VQTokenizer, autocast,
+                        check_space, clock, crc_of, load_published, load_tokenizers, not_negative, positive, read_checkpoint,
+                        read_image, seed_number, seed_of, to_float, to_map, to_uint8, write_atomically)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Models
@@ -86,11 +88,16 @@ class Pipeline:
         if file1 and file2 and file1["run"]["tokens"] != file2["run"]["tokens"]:
             raise InputError(f"{stage1} and {stage2} were trained on different tokens: train one of them again")
         self.check_parts(stage1, stage2)
-        for part in (self.vq, self.kl, self.discrete, self.continuous):
-            if part:
-                part.to(device).eval()
+        parts = [part for part in (self.vq, self.kl, self.discrete, self.continuous) if part]
+        self.weights = [crc_of(part) for part in parts]
+        for path, file in ((stage1, file1), (stage2, file2)):
+            if file and self.vq and self.kl and self.weights[:2] != file.get("tokenizers"):
+                raise InputError(f"{path}: was trained on tokens of other tokenizers; train it again, or give back the old ones")
+        for part in parts:
+            part.to(device).eval()
         config, file = (self.continuous or self.discrete).config, file2 or file1
         self.grid = tuple(config.grid)
+        self.size = self.grid[0] * (self.vq or self.kl).config.factor  # side of a picture in pixels
         self.classes = file["classes"] if file else [str(label) for label in range(config.num_classes)]
         self.settings = dict(PRESETS[file["run"]["preset"] if file else "B"]["sample"])
         for name in ("cfg1", "temperature1", "top_k", "top_p", "cfg2", "temperature2", "steps", "diffusion_steps", "batch_size"):
@@ -113,7 +120,8 @@ class Pipeline:
             pairs += [("latent channels", "--kl", self.kl.config.z_channels, stage2, second.channels)]
         if first and second:
             pairs += [("token grid", stage1, tuple(first.grid), stage2, tuple(second.grid)),
-                      ("class count", stage1, first.num_classes, stage2, second.num_classes)]
+                      ("class count", stage1, first.num_classes, stage2, second.num_classes),
+                      ("downsampling factor", "--vq", self.vq.config.factor, "--kl", self.kl.config.factor)]
             if second.fusion != "none":
                 pairs += [("codebook size", stage1, first.codebook_size, stage2, second.codebook_size)]
         for what, one, value, other, expected in pairs:
@@ -171,33 +179,31 @@ def choose_classes(wanted, classes):
     return chosen or list(range(len(classes)))
 
 
-def make_pictures(pipeline, labels, args, processes, partial):
-    """Sample labels (n,) batch by batch, into the memory-mapped file `partial`, uint8 (kinds,n,S,S,3); returns it.
-
-    The processes take turns in batches and write into the same file."""
-    batch_size = pipeline.settings["batch_size"]
-    starts = range(0, len(labels), batch_size)
+def make_pictures(pipeline, labels, args, processes, folder):
+    """Sample labels (n,) batch by batch into `folder`: memory-mapped uint8 (kinds,n,S,S,3). The processes take turns in
+    batches; an interrupted command goes on where it was when it is given again. Raises InputError when the disk is full."""
+    batch_size, number = pipeline.settings["batch_size"], len(labels)
+    plan = dict(settings=pipeline.settings, seed=args.seed, labels=zlib.crc32(np.array(labels)), weights=pipeline.weights, dtype=args.dtype)
+    size = pipeline.size
+    kinds = 1 if args.out.suffix == ".npz" else bool(pipeline.discrete) + bool(pipeline.continuous)
+    check_space(folder, 2 * kinds * number * size * size * 3, "the samples")  # as they come, and in the final file
+    shared = SharedArrays(folder, plan, {"pictures": (np.uint8, (kinds, number, size, size, 3))},
+                          math.ceil(number / batch_size), processes)
+    if shared.finished:
+        processes.say(f"going on after {min(shared.finished * batch_size, number)} of {number} pictures")
     began = time.time()
-    for turn in range(math.ceil(len(starts) / processes.size)):
-        k = turn * processes.size + processes.rank
-        if k < len(starts):
-            generator = torch.Generator(pipeline.device).manual_seed(seed_of(args.seed, 3, k))  # 3: not a stage's number
-            chunk = torch.tensor(labels[starts[k]:starts[k] + batch_size], device=pipeline.device)
-            kinds = pipeline.pictures(chunk, generator, args.dtype, only_last=args.out.suffix == ".npz")
-        if turn == 0:  # only now the size of the pictures is known
-            if processes.rank == 0:
-                np.lib.format.open_memmap(partial, "w+", np.uint8, (len(kinds), len(labels), *kinds[0].shape[1:]))
-            processes.wait()
-            made = np.load(partial, mmap_mode="r+")
-        if k < len(starts):
-            for kind, pictures in enumerate(kinds):
-                made[kind, starts[k]:starts[k] + batch_size] = pictures
-        done = min((turn + 1) * processes.size * batch_size, len(labels))
-        speed = done / (time.time() - began)
-        processes.say(f"sampled {done}/{len(labels)}  {speed:.1f} images/s  ETA {clock((len(labels) - done) / speed)}")
-    made.flush()
+    for turn, k in enumerate(shared.todo):
+        generator = torch.Generator(pipeline.device).manual_seed(seed_of(args.seed, 3, k))  # 3: not a stage's number
+        place = slice(k * batch_size, (k + 1) * batch_size)
+        chunk = torch.tensor(labels[place], device=pipeline.device)
+        for kind, pictures in enumerate(pipeline.pictures(chunk, generator, args.dtype, only_last=args.out.suffix == ".npz")):
+            shared.arrays["pictures"][kind, place] = pictures
+        shared.mark(k)
+        left = (len(shared.todo) - turn - 1) * processes.size * batch_size
+        speed = (turn + 1) * processes.size * batch_size / (time.time() - began)
+        processes.say(f"sampled {max(number - left, 0)}/{number}  {speed:.1f} images/s  ETA {clock(left / speed)}")
     processes.wait()
-    return made
+    return shared.arrays["pictures"]
 
 
 def draw_grid(kinds, titles, rows):
@@ -231,23 +237,26 @@ def sample(pipeline, chosen, args, processes):
     processes.say(f"{number} pictures: " + ", ".join(f"{name} {value}" for name, value in pipeline.settings.items()))
     if args.compile and pipeline.continuous:
         pipeline.continuous.diffloss["net"].compile(dynamic=True)
-    partial = args.out.with_name(args.out.name + ".partial.npy")
-    try:
-        made = make_pictures(pipeline, labels, args, processes, partial)
-        if processes.rank == 0:
-            if args.out.suffix == ".png":
-                rows = ["coarse"] * bool(pipeline.discrete) + ["fine"] * bool(pipeline.continuous)
-                write_atomically(args.out, draw_grid(made, [pipeline.classes[label] for label in chosen], rows).save)
-            else:
-                write_atomically(args.out, lambda temporary: np.savez(temporary, arr_0=made[-1]))
-    finally:
-        if processes.rank == 0:
-            partial.unlink(missing_ok=True)
+    partial = args.out.with_name(args.out.name + ".partial")
+    made = make_pictures(pipeline, labels, args, processes, partial)
+    if processes.rank == 0:
+        if args.out.suffix == ".png":
+            rows = ["coarse"] * bool(pipeline.discrete) + ["fine"] * bool(pipeline.continuous)
+            write_atomically(args.out, draw_grid(made, [pipeline.classes[label] for label in chosen], rows).save)
+        else:
+            write_atomically(args.out, lambda temporary: np.savez(temporary, arr_0=made[-1]))
+        shutil.rmtree(partial)
+    processes.wait()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The command
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def numbers(text):
+    """argparse type: comma-separated numbers of at least 0."""
+    return [not_negative(word) for word in text.split(",")]
 
 
 def parse(argv):
@@ -265,6 +274,8 @@ def parse(argv):
     add("--seed", type=seed_number, default=0)
     add("--cfg1", type=not_negative, help="guidance of stage 1 (1: none)")
     add("--cfg2", type=not_negative, help="guidance of stage 2 (1: none)")
+    add("--sweep1", type=numbers, metavar="1.5,2,3", help="an output for each of these values of --cfg1")
+    add("--sweep", type=numbers, metavar="1.5,2,3", help="and of --cfg2: for fid.py to rank")
     add("--temperature1", type=not_negative, help="of stage 1 (0: likeliest code)")
     add("--temperature2", type=not_negative, help="of stage 2: scales the noise of the diffusion steps")
     add("--top-k", type=positive, help="stage 1: keep the k likeliest codes (default: all)")
@@ -311,12 +322,18 @@ def main(argv=None):
             sheet = draw_grid(pictures, [Path(path).stem[:14] for path in args.reconstruct], ["original", "VQ", "KL"])
             if processes.rank == 0:
                 write_atomically(args.out, sheet.save)
+            processes.say(f"saved {args.out}")
         else:
             pipeline = Pipeline(args, processes.device)
             chosen = choose_classes(args.classes, pipeline.classes)
-            args.out = prepare_output(args, processes)
-            sample(pipeline, chosen, args, processes)
-        processes.say(f"saved {args.out}")
+            out = prepare_output(args, processes)
+            for cfg1 in args.sweep1 or [pipeline.settings["cfg1"]]:
+                for cfg2 in args.sweep or [pipeline.settings["cfg2"]]:
+                    pipeline.settings.update(cfg1=cfg1, cfg2=cfg2)
+                    name = out.stem + f"-cfg1-{cfg1:g}" * bool(args.sweep1) + f"-cfg2-{cfg2:g}" * bool(args.sweep)
+                    args.out = out.with_name(name + out.suffix)
+                    sample(pipeline, chosen, args, processes)
+                    processes.say(f"saved {args.out}")
         processes.end()
 
 

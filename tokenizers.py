@@ -23,7 +23,9 @@ import json
 import math
 import os
 import re
+import shutil
 import time
+import zipfile
 import zlib
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -101,6 +103,8 @@ def write_atomically(path, write):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())  # the name must not point to content that a power cut can still lose
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         with contextlib.suppress(OSError):
@@ -111,14 +115,19 @@ def write_atomically(path, write):
 def read_checkpoint(path):
     """The dict in a torch file, on the CPU, without running any code from it.
 
-    Raises InputError for a file that is missing, truncated, no torch file, or wants to unpickle arbitrary objects
+    Raises InputError for a file that is missing, truncated, damaged, no torch file, or wants to unpickle arbitrary objects
     (an argparse Namespace, which training scripts like to store, is the one harmless exception).
     """
     if not Path(path).is_file():
         raise InputError(f"{path}: no such file")
     try:
+        zipped = zipfile.is_zipfile(path)  # all but very old files
+        if zipped:
+            with zipfile.ZipFile(path) as archive:
+                if record := archive.testzip():  # torch itself does not look at the checksums it writes
+                    raise ValueError(f"the checksum of {record} is wrong")
         with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)  # mapped: read where it is used
     except Exception as error:  # a damaged file can fail in any layer of zip and pickle
         reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
         raise InputError(f"{path}: not a readable checkpoint ({reason}); it may be truncated or of another kind") from error
@@ -149,6 +158,23 @@ def load_published(build, path, prefer_ema=True, content=None):
         raise InputError(f"{path}: the weights do not fit: {reason}") from error
 
 
+def crc_of(model):
+    """A checksum of a model's weights, to recognise them by."""
+    crc = 0
+    for name, value in model.state_dict().items():
+        crc = zlib.crc32(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy(), zlib.crc32(name.encode(), crc))
+    return f"{crc:08x}"
+
+
+def check_space(folder, size, what):
+    """Raises InputError unless `size` bytes are free where `folder` is, or will be."""
+    place = next(parent for parent in (Path(folder).resolve(), *Path(folder).resolve().parents) if parent.exists())
+    free = shutil.disk_usage(place).free
+    if size > free:
+        raise InputError(f"{folder}: {what} need {size / 1e9:.1f} GB of disk and {free / 1e9:.1f} GB are free; "
+                         "free space or choose another --out")
+
+
 def choose_device(name):
     """torch.device for `--device auto|cuda|mps|cpu`. Raises InputError for one that this machine or torch build lacks."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
@@ -165,14 +191,14 @@ class Processes:
 
     def __init__(self, device):
         self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.local_rank = int(os.environ.get("LOCAL_RANK", 0))  # among those of this node
         self.device = choose_device(device)
         self.one_node = self.size == int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         if self.size > 1:
             if self.device.type == "cuda":
-                local_rank = int(os.environ["LOCAL_RANK"])
-                if local_rank >= torch.cuda.device_count():
+                if self.local_rank >= torch.cuda.device_count():
                     raise InputError(f"--nproc_per_node: there are only {torch.cuda.device_count()} GPUs")
-                self.device = torch.device("cuda", local_rank)
+                self.device = torch.device("cuda", self.local_rank)
                 torch.cuda.set_device(self.device)
             # Encoding and sampling drift apart for long before they meet again: hence the patience.
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=timedelta(hours=12))
@@ -203,6 +229,57 @@ class Processes:
     def end(self):
         if self.size > 1:
             dist.destroy_process_group()
+
+
+class SharedArrays:
+    """Arrays on disk that the processes of one node fill together, batch by batch, and that outlive an interruption.
+
+    folder/NAME.npy as `layout` says, {name: (dtype, shape)}; plan.json, what they are made from; done.npy, a flag per batch.
+    With the same plan the work goes on where it was, with another it starts again: `todo` are the batches left to this
+    process. Raises InputError when the disk has no room; all of it is taken at once, for a full disk under a memory map
+    kills the process.
+    """
+
+    def __init__(self, folder, plan, layout, batches, processes):
+        self.folder = folder = Path(folder)
+        layout = layout | {"done": (np.bool_, (batches,))}
+        plan = json.dumps(plan, indent=1)
+        if processes.rank == 0:
+            try:
+                if not (folder / "plan.json").exists() or (folder / "plan.json").read_text() != plan:
+                    for name in ("plan.json", *(f"{name}.npy" for name in layout)):
+                        (folder / name).unlink(missing_ok=True)
+                    size = sum(math.prod(shape) * np.dtype(dtype).itemsize for dtype, shape in layout.values())
+                    check_space(folder, size, "its arrays")
+                    folder.mkdir(parents=True, exist_ok=True)
+                    for name, (dtype, shape) in layout.items():
+                        np.lib.format.open_memmap(folder / f"{name}.npy", "w+", dtype, shape)
+                        if hasattr(os, "posix_fallocate"):  # Linux
+                            with open(folder / f"{name}.npy", "rb+") as file:
+                                os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
+                    write_atomically(folder / "plan.json", lambda temporary: temporary.write_text(plan))
+            except (OSError, ValueError) as error:
+                raise InputError(f"{folder}: cannot be written ({error}); free space or choose another --out") from error
+        processes.wait()
+        try:
+            self.arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r+", allow_pickle=False) for name in layout}
+            left = np.flatnonzero(~self.arrays["done"])
+        except Exception as error:  # a damaged header can fail in any way
+            raise InputError(f"{folder}: damaged ({error}); delete it and run the command again") from error
+        processes.wait()  # nobody marks a batch before all have looked
+        self.todo, self.finished = left[processes.rank::processes.size].tolist(), batches - len(left)
+        self.written, self.flushed = [], time.time()
+
+    def mark(self, batch):
+        """This batch is written. Every few seconds what is written goes to the disk, and then counts as done."""
+        self.written.append(batch)
+        if time.time() - self.flushed > 5 or batch == self.todo[-1]:
+            for name, array in self.arrays.items():
+                if name != "done":
+                    array.flush()
+            self.arrays["done"][self.written] = True
+            self.arrays["done"].flush()
+            self.written, self.flushed = [], time.time()
 
 
 def autocast(device, dtype):
@@ -255,21 +332,26 @@ def to_uint8(images):
 
 
 def read_image(path, size):
-    """Decode one picture file and centre-crop it: uint8 (size,size,3). Raises InputError naming an unreadable file."""
+    """Decode one picture file of whatever kind and centre-crop it: uint8 (size,size,3). As in ADM, orientation tags and
+    transparency are ignored. Raises InputError naming an unreadable file."""
     try:
         with Image.open(path) as image:
+            if image.mode.startswith("I"):  # 16-bit grey: `convert` would clip it to white instead of scaling it
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             return center_crop(np.asarray(image.convert("RGB")), size)
     except Exception as error:  # every format and codec fails in its own way
-        raise InputError(f"{path}: not a readable image ({error}); repair or remove it") from error
+        raise InputError(f"{path}: not a readable image ({error}); repair or remove it, or let train.py --skip-bad pass it "
+                         "over") from error
 
 
 class ImageFolder(Dataset):
-    """One folder per class (the ImageNet layout); sorted folder names give the class ids. Items: (uint8 (S,S,3), id)."""
+    """One folder per class (the ImageNet layout); sorted folder names give the class ids. Items: (uint8 (S,S,3), id); with
+    `skip_bad` an unreadable file is a black picture of class -1 instead of an InputError."""
 
     SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 
-    def __init__(self, root, size):
-        self.size = size
+    def __init__(self, root, size, skip_bad=False):
+        self.size, self.skip_bad = size, skip_bad
         folders = sorted(path for path in Path(root).iterdir() if path.is_dir() and not path.name.startswith("."))
         self.classes = [folder.name for folder in folders]
         if not folders:
@@ -282,13 +364,20 @@ class ImageFolder(Dataset):
             self.files += [(path, label) for path in found]
         if not self.files:
             raise InputError(f"--data {root}: the class folders hold no images ({' '.join(sorted(self.SUFFIXES))})")
+        names = "\n".join(str(path.relative_to(root)) for path, _ in self.files)
+        self.fingerprint = f"{zlib.crc32(names.encode()):08x}"
 
     def __len__(self):
         return len(self.files)
 
     def __getitem__(self, index):
         path, label = self.files[index]
-        return read_image(path, self.size), label
+        try:
+            return read_image(path, self.size), label
+        except InputError:
+            if not self.skip_bad:
+                raise
+            return np.zeros((self.size, self.size, 3), np.uint8), -1
 
 
 class ImageArray(Dataset):
@@ -313,6 +402,7 @@ class ImageArray(Dataset):
         if not len(self.labels) or self.labels.min() < 0:
             raise InputError(f"--data {path}: needs at least one image, and labels from 0 upwards")
         self.classes = [str(label) for label in range(int(self.labels.max()) + 1)]
+        self.fingerprint = f"{zlib.crc32(self.labels.tobytes(), zlib.crc32(self.images)):08x}"
 
     def __len__(self):
         return len(self.images)
@@ -334,6 +424,7 @@ class Shapes(Dataset):
     classes = ["circle", "square", "triangle", "star", "cross", "ring", "heart", "moon", "arrow", "hourglass"]
 
     def __init__(self, size, count=16000, seed=0):
+        self.fingerprint = f"shapes {size} {count} {seed}"
         self.size, self.count, self.seed = size, count, seed
         self.drawn = {}  # a picture takes 0.4 ms to draw: keep the small ones
 
@@ -429,12 +520,12 @@ class Shapes(Dataset):
         return np.uint8(255 * (inside * mask + outside * (1 - mask)) + .5)
 
 
-def open_images(data, size, seed=0):
+def open_images(data, size, seed=0, skip_bad=False):
     """The data set named by `--data`: `shapes`, a folder of class folders, or an .npz. Raises InputError."""
     if data == "shapes":
         return Shapes(size, seed=seed)
     if Path(data).is_dir():
-        return ImageFolder(data, size)
+        return ImageFolder(data, size, skip_bad)
     if Path(data).is_file():
         return ImageArray(data, size)
     raise InputError(f"--data {data}: no such folder or file (give shapes, a folder of class folders, or an .npz)")
@@ -458,6 +549,11 @@ class TokenizerConfig:
     linear_skip: bool = False                # add a linear patch embedding around each half: small ones learn faster
     codebook_size: int = 0                   # VQ only
     code_dim: int = 8                        # VQ only: width of a codebook row
+
+    @property
+    def factor(self):
+        """How many pixels wide one place of the grid is."""
+        return self.patch * 2 ** (len(self.multipliers) - 1)
 
 
 def group_norm(channels):
@@ -555,8 +651,7 @@ class Encoder(nn.Module):
         self.norm_out = group_norm(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], out_channels, 3, padding=1)
         if config.linear_skip:
-            factor = config.patch * 2**last
-            self.skip = nn.Conv2d(3, out_channels, factor, stride=factor)
+            self.skip = nn.Conv2d(3, out_channels, config.factor, stride=config.factor)
 
     def forward(self, images):
         x = self.conv_in(F.pixel_unshuffle(images, self.patch))                        # (B,width,H/patch,W/patch)
@@ -585,7 +680,7 @@ class Decoder(nn.Module):
         self.norm_out = group_norm(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], 3 * config.patch**2, 3, padding=1)
         if config.linear_skip:
-            self.factor = config.patch * 2**last
+            self.factor = config.factor
             self.skip = nn.Conv2d(config.z_channels, 3 * self.factor**2, 1)
 
     def forward(self, latents):
@@ -768,21 +863,20 @@ def load_tokenizers(path, device="cpu"):
 KL16_SCALE = 0.2325  # of KL-16 on ImageNet; MAR's weights expect latents multiplied by exactly this
 
 
-def batches(images, batch_size, workers, start=0, stride=1):
-    """Batches number start, start + stride, ... of a data set, in order: (uint8 (B,S,S,3), labels (B,))."""
-    number = math.ceil(len(images) / batch_size)
-    indices = [range(k * batch_size, min((k + 1) * batch_size, len(images))) for k in range(start, number, stride)]
+def batches(images, batch_size, workers, numbers):
+    """The batches `numbers` of a data set, in that order: (uint8 (B,S,S,3), labels (B,))."""
+    indices = [range(k * batch_size, min((k + 1) * batch_size, len(images))) for k in numbers]
     return DataLoader(images, batch_sampler=indices, num_workers=workers)
 
 
 @torch.no_grad()
 def measure_scale(kl, images, device, seed=0):
     """1 / standard deviation of the latents of up to 2,048 pictures drawn at random. Raises InputError."""
-    chosen = np.random.default_rng(seed).permutation(len(images))[:2048]
+    chosen = Subset(images, np.random.default_rng(seed).permutation(len(images))[:2048].tolist())
     total = torch.zeros(3, dtype=torch.float64)  # count, sum, sum of squares
     generator = torch.Generator().manual_seed(seed)
-    for pictures, _ in batches(Subset(images, chosen.tolist()), 64, 0):
-        moments = kl.encode(to_float(pictures.to(device))).cpu()
+    for pictures, labels in batches(chosen, 64, 0, range(math.ceil(len(chosen) / 64))):
+        moments = kl.encode(to_float(pictures[labels >= 0].to(device))).cpu()
         noise = torch.randn(moments.chunk(2, 1)[0].shape, generator=generator)
         latents = kl.sample(moments, noise).double()
         total += torch.stack([torch.tensor(latents.numel()), latents.sum(), latents.square().sum()])
@@ -793,18 +887,27 @@ def measure_scale(kl, images, device, seed=0):
     return scale
 
 
+def file_crc(path):
+    """Checksum of a file that may be larger than memory."""
+    crc = 0
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 24):
+            crc = zlib.crc32(chunk, crc)
+    return f"{crc:08x}"
+
+
 @torch.no_grad()
 def encode_images(images, vq, kl, folder, run, processes, batch_size=64, workers=0):
     """Encode a data set and its mirror image into the token cache `folder`:
 
         codes.npy   uint16  (2,N,h*w)      moments.npy float16 (2,N,h*w,2C)
-        labels.npy  int64   (N,)           meta.json   counts, grid, classes, scale and `run`; written last
+        labels.npy  int64   (N,)           meta.json   counts, grid, classes, scale, checksums and `run`; written last
 
-    The processes take turns in batches and write into the same files. Raises InputError when the grids of the two
+    The processes take turns in batches and write into the same files; an interrupted encoding goes on where it was. A
+    picture of class -1 (see ImageFolder) keeps its row, and meta.json its name. Raises InputError when the grids of the two
     tokenizers differ or the folder cannot be written.
     """
-    folder, rank, device = Path(folder), processes.rank, processes.device
-    size = images[0][0].shape[0]
+    folder, device, size = Path(folder), processes.device, images[0][0].shape[0]
     probe = torch.zeros(1, 3, size, size, device=device)
     code_grid, latent_grid = vq.encode(probe).shape[1:], kl.encode(probe).shape[2:]
     if code_grid != latent_grid:
@@ -813,62 +916,66 @@ def encode_images(images, vq, kl, folder, run, processes, batch_size=64, workers
     if vq.config.codebook_size > 65536:
         raise InputError(f"--vq: {vq.config.codebook_size} codes do not fit the cache's 16 bits")
     number, places, channels = len(images), code_grid.numel(), 2 * kl.config.z_channels
+    plan = dict(run=run, data=images.fingerprint, tokenizers=[crc_of(vq), crc_of(kl)], count=number, grid=list(code_grid),
+                channels=kl.config.z_channels, scale=kl.scale, codebook_size=vq.config.codebook_size, classes=images.classes,
+                size=size)
     layout = {"codes": (np.uint16, (2, number, places)), "moments": (np.float16, (2, number, places, channels)),
               "labels": (np.int64, (number,))}
-    if rank == 0:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "meta.json").unlink(missing_ok=True)  # from here on the cache counts as unfinished
-            for name, (dtype, shape) in layout.items():
-                np.lib.format.open_memmap(folder / f"{name}.npy", "w+", dtype, shape)
-        except OSError as error:
-            raise InputError(f"{folder}: the token cache cannot be written ({error})") from error
-    processes.wait()
-    arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r+") for name in layout}
-    share = math.ceil(math.ceil(number / batch_size) / processes.size)  # batches of the first process
+    shared = SharedArrays(folder, plan | {"batch_size": batch_size}, layout, math.ceil(number / batch_size), processes)
+    if shared.finished:
+        processes.say(f"encoding  goes on after {shared.finished * batch_size} of {number} pictures")
     began = said = time.time()
-    for turn, (pictures, labels) in enumerate(batches(images, batch_size, workers, rank, processes.size)):
-        start = (turn * processes.size + rank) * batch_size
-        place = slice(start, start + len(labels))
-        arrays["labels"][place] = labels.numpy()
+    for turn, (k, (pictures, labels)) in enumerate(zip(shared.todo, batches(images, batch_size, workers, shared.todo))):
+        place = slice(k * batch_size, k * batch_size + len(labels))
+        shared.arrays["labels"][place] = labels.numpy()
         for mirrored in (0, 1):
             x = to_float(pictures.to(device))
             x = x.flip(3) if mirrored else x
-            arrays["codes"][mirrored, place] = vq.encode(x).flatten(1).cpu().numpy()
-            arrays["moments"][mirrored, place] = to_tokens(kl.encode(x)).float().cpu().numpy()
-        now = time.time()
-        if now - said > 5 or turn + 1 == share:
+            shared.arrays["codes"][mirrored, place] = vq.encode(x).flatten(1).cpu().numpy()
+            shared.arrays["moments"][mirrored, place] = to_tokens(kl.encode(x)).float().cpu().numpy()
+        shared.mark(k)
+        now, left = time.time(), len(shared.todo) - turn - 1
+        if now - said > 5 or not left:
             said, speed = now, (turn + 1) / (now - began)
-            processes.say(f"encoding  {min((turn + 1) * processes.size * batch_size, number)}/{number} pictures  "
-                          f"{speed * batch_size * processes.size:.0f} images/s  ETA {clock((share - turn - 1) / speed)}")
-    for array in arrays.values():
-        array.flush()
+            processes.say(f"encoding  {number - min(left * processes.size * batch_size, number)}/{number} pictures  "
+                          f"{speed * batch_size * processes.size:.0f} images/s  ETA {clock(left / speed)}")
     processes.wait()
-    if rank == 0:
-        meta = dict(run=run, count=number, grid=list(code_grid), channels=kl.config.z_channels, scale=kl.scale,
-                    codebook_size=vq.config.codebook_size, classes=images.classes, size=size)
+    if processes.rank == 0:
+        bad = [str(images.files[i][0]) for i in np.flatnonzero(shared.arrays["labels"] < 0)]
+        if bad:
+            processes.say(f"skipped {len(bad)} unreadable pictures of {number}; {folder / 'meta.json'} lists them")
+        meta = plan | dict(skipped=bad, checksums={name: file_crc(folder / f"{name}.npy") for name in layout})
+        meta["checksum"] = f"{zlib.crc32(json.dumps(meta).encode()):08x}"  # of all above
         write_atomically(folder / "meta.json", lambda temporary: temporary.write_text(json.dumps(meta, indent=1)))
+        for name in ("plan.json", "done.npy"):
+            (folder / name).unlink()
     processes.wait()
 
 
 class TokenCache:
-    """The encoded data set, memory-mapped: codes (2,N,n), moments (2,N,n,2C), labels (N,), `meta` as a dict.
+    """The encoded data set, memory-mapped: codes (2,N,n), moments (2,N,n,2C), labels (N,), -1 where a picture was skipped,
+    and `meta` as a dict.
 
-    Raises InputError when the cache is unfinished or its files do not fit its meta.json."""
+    Raises InputError when the cache is unfinished or its files do not fit its meta.json; with `verify` every byte is read
+    and must give the checksum (43 GB in less than a minute)."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, verify=False):
         self.folder = folder = Path(folder)
         try:
             self.meta = json.loads((folder / "meta.json").read_text())
-            number, places, channels = self.meta["count"], math.prod(self.meta["grid"]), self.meta["channels"]
+            rest = {name: value for name, value in self.meta.items() if name != "checksum"}
+            wrong = [] if self.meta["checksum"] == f"{zlib.crc32(json.dumps(rest).encode()):08x}" else ["meta.json"]
+            if verify:
+                wrong += [f"{name}.npy" for name, crc in self.meta["checksums"].items() if file_crc(folder / f"{name}.npy") != crc]
+            if wrong:
+                raise ValueError(f"the checksum of {', '.join(wrong)} is wrong")
             self.codes, self.moments, self.labels = (
                 np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ("codes", "moments", "labels"))
-        except (OSError, KeyError, TypeError, ValueError, EOFError) as error:
+        except Exception as error:  # json, numpy and the disk each fail in their own ways
             raise InputError(f"{folder}: the token cache is unfinished or damaged ({error}); "
                              "delete it and run train.py --stage 0") from error
-        if (self.codes.shape, self.moments.shape, self.labels.shape) != (
-                (2, number, places), (2, number, places, 2 * channels), (number,)):
-            raise InputError(f"{folder}: the arrays do not fit meta.json; delete the folder and run train.py --stage 0")
+
+        self.usable = np.flatnonzero(self.labels >= 0)
 
     def __reduce__(self):
         return TokenCache, (self.folder,)  # a worker process opens the files itself instead of receiving their content
@@ -876,5 +983,4 @@ class TokenCache:
     @property
     def identity(self):
         """A short fingerprint of the cache, kept in checkpoints: weights belong to the tokens they were trained on."""
-        sample = np.ascontiguousarray(self.codes[:, ::max(1, len(self.labels) // 1000)])
-        return f"{zlib.crc32(json.dumps(self.meta, sort_keys=True).encode() + sample.tobytes()):08x}"
+        return self.meta["checksum"]

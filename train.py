@@ -35,10 +35,11 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset
 
 from d2c import PRESETS, ContinuousConfig, ContinuousGenerator, DiscreteConfig, DiscreteGenerator
+from sample import draw_grid
 from tokenizers import (KL16_SCALE, InputError, KLTokenizer, Parser, Processes, TokenCache, TokenizerConfig, VQTokenizer,
-                        autocast, clock, encode_images, load_published, load_tokenizers, measure_scale, not_negative,
+                        autocast, check_space, clock, crc_of, encode_images, load_published, load_tokenizers, measure_scale, not_negative,
                         open_images, positive, read_checkpoint, save_tokenizers, seed_number, seed_of, to_float,
-                        write_atomically)
+                        to_map, to_uint8, write_atomically)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Batches: what a step needs, read and drawn
@@ -169,12 +170,15 @@ def learning_rate(step, steps, peak, warmup, decay):
     return peak if decay == "constant" else peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def parameter_groups(model, weight_decay):
-    """Weight decay on matrices only, and never on the diffusion head (LlamaGen and MAR)."""
-    groups = {True: [], False: []}
+def parameter_groups(model, weight_decay, fusion_lr):
+    """Weight decay on matrices only, and never on the diffusion head (LlamaGen and MAR); what is not MAR's learns at
+    `fusion_lr` times the rate. (groups for the optimizer, the factor of each group)."""
+    groups = {(decays, added): [] for decays in (True, False) for added in (False, True)}
     for name, parameter in model.named_parameters():
-        groups[parameter.ndim >= 2 and not name.startswith("diffloss.")].append(parameter)
-    return [dict(params=groups[True], weight_decay=weight_decay), dict(params=groups[False], weight_decay=0.0)]
+        decays = parameter.ndim >= 2 and not name.startswith("diffloss.")
+        groups[decays, name.startswith(ContinuousGenerator.ADDED)].append(parameter)
+    return ([dict(params=group, weight_decay=weight_decay * decays) for (decays, _), group in groups.items()],
+            [fusion_lr if added else 1.0 for _, added in groups])
 
 
 def check_run(path, before, run):
@@ -206,12 +210,13 @@ def write_log(path, log):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def fit(stage, model, train, validation, defaults, run, extra, args, processes):
+def fit(stage, model, train, validation, defaults, run, extra, args, processes, preview=None):
     """Train `model` (its forward is the loss) from the run's checkpoint, if there is one, up to the number of steps asked for.
 
     train, validation: Batches. defaults: the preset's training settings. run: what must not change between sessions.
-    extra: stored in the checkpoint for sample.py. Returns the averaged (EMA) model.
-    Raises InputError when a checkpoint does not fit the command, or when the loss is not finite.
+    extra: stored in the checkpoint for sample.py. preview(model) -> a PIL picture of what the averaged model can do.
+    Returns the averaged (EMA) model. Raises InputError when a checkpoint does not fit the command, when there is no room for
+    it, or when the loss is not finite.
     """
     device, path = processes.device, Path(args.out) / f"stage{stage}.pt"
     steps = args.steps or defaults["steps"]
@@ -223,8 +228,8 @@ def fit(stage, model, train, validation, defaults, run, extra, args, processes):
     model = model.to(device)
     average = AveragedModel(model)
     average.n_averaged.fill_(1)  # else its first update copies the model instead of averaging
-    optimizer = torch.optim.AdamW(parameter_groups(model, defaults["weight_decay"]), lr=peak, betas=(0.9, 0.95),
-                                  fused=device.type == "cuda")
+    groups, factors = parameter_groups(model, defaults["weight_decay"], args.fusion_lr)
+    optimizer = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.95), fused=device.type == "cuda")
     start, log = 0, []
     if path.exists():
         file = read_checkpoint(path)
@@ -241,6 +246,9 @@ def fit(stage, model, train, validation, defaults, run, extra, args, processes):
             processes.say(f"stage {stage}: finished ({start} steps); a larger --steps continues")
             return average.module
         processes.say(f"stage {stage}: resuming {path} at step {start} of {steps}")
+
+    size = 4 * sum(value.numel() * value.element_size() for value in model.state_dict().values())  # weights, average, two moments
+    check_space(path.parent, size if path.exists() else 2 * size, "its checkpoints")  # the new one is whole before the old goes
 
     def save(step):
         if processes.rank == 0:
@@ -282,8 +290,8 @@ def fit(stage, model, train, validation, defaults, run, extra, args, processes):
         for step, batch in zip(range(start, steps), loader):
             torch.manual_seed(seed_of(args.seed, stage, step, processes.rank))  # dropout
             rate = learning_rate(step, steps, peak, warmup, defaults["decay"])
-            for group in optimizer.param_groups:
-                group["lr"] = rate
+            for group, factor in zip(optimizer.param_groups, factors):
+                group["lr"] = rate * factor
             model.train()
             micro_batches = parts(batch)
             for k, micro_batch in enumerate(micro_batches):
@@ -323,6 +331,10 @@ def fit(stage, model, train, validation, defaults, run, extra, args, processes):
             if save_now:
                 save(done)
                 saved = done
+            if preview and done % args.sample_every == 0:
+                if processes.rank == 0:
+                    write_atomically(path.with_suffix(".png"), preview(average.module.eval()).save)
+                processes.wait()
             if stop:
                 processes.say(f"stopped after step {done} and saved {path}; run the same command again to go on")
                 raise SystemExit(128 + stop)
@@ -398,8 +410,8 @@ def make_tokenizers(args, preset, images, run, processes):
         vq, kl = VQTokenizer(TokenizerConfig(**preset["vq"])), KLTokenizer(TokenizerConfig(**preset["kl"]))
         defaults = preset["train"][0]
         batch_size = args.batch_size or defaults["batch_size"]
-        factor = kl.config.patch * 2 ** (len(kl.config.multipliers) - 1)
-        latent_shape = (kl.config.z_channels, preset["size"] // factor, preset["size"] // factor)
+        side = preset["size"] // kl.config.factor
+        latent_shape = (kl.config.z_channels, side, side)
         read = functools.partial(read_pictures, images, latent_shape)
         train, held_out = split_held_out(len(images), args.seed)
         batches = [Batches(read, indices, batch_size, 0, args.seed, processes) for indices in (train, held_out)]
@@ -435,7 +447,7 @@ def stage0(args, preset, processes):
     if not processes.one_node:
         raise InputError("the token cache must be built on one node (its processes share files): run --stage 0 there first")
     run["data"] = file_name(data)
-    images = open_images(data, preset["size"], args.seed)
+    images = open_images(data, preset["size"], args.seed, args.skip_bad)
     vq, kl = make_tokenizers(args, preset, images, run, processes)
     encode_images(images, vq, kl, cache, run, processes, workers=args.workers)
 
@@ -448,7 +460,11 @@ def stage0(args, preset, processes):
 def train_generator(stage, args, preset, processes):
     """Stage 1 or 2 on the token cache. Raises InputError."""
     out = Path(args.out)
-    cache = TokenCache(out / "tokens")
+    cache = TokenCache(out / "tokens", verify=processes.local_rank == 0)
+    processes.wait()
+    vq, kl, *_ = load_tokenizers(out / "tokenizers.pt")
+    if [crc_of(vq), crc_of(kl)] != cache.meta["tokenizers"]:
+        raise InputError(f"{out / 'tokens'}: was not made with {out / 'tokenizers.pt'}; delete the folder and run train.py --stage 0")
     meta, defaults = cache.meta, preset["train"][stage]
     batch_size = args.batch_size or defaults["batch_size"]
     run = dict(preset=args.preset, seed=args.seed, batch_size=batch_size, tokens=cache.identity, init=file_name(args.init))
@@ -462,15 +478,39 @@ def train_generator(stage, args, preset, processes):
         run.update(fusion=fusion, code_noise=args.code_noise)
         model = ContinuousGenerator(ContinuousConfig(**common, **preset["stage2"], channels=meta["channels"], fusion=fusion))
         if fusion != "none":
-            model.start_fusion(load_tokenizers(out / "tokenizers.pt")[0].codebook())
+            model.start_fusion(vq.codebook())
         read = functools.partial(read_latents, cache, model.config, args.code_noise)
     if args.init and not (out / f"stage{stage}.pt").exists():
         load_published(model.load_published, args.init, prefer_ema=args.init_ema)
         processes.say(f"stage {stage}: starting from {args.init}")
-    train, held_out = split_held_out(len(cache.labels), args.seed)
+    train, held_out = (cache.usable[part] for part in split_held_out(len(cache.usable), args.seed))
     batches = [Batches(read, indices, batch_size, stage, args.seed, processes) for indices in (train, held_out)]
-    extra = dict(config=asdict(model.config), classes=meta["classes"], scale=meta["scale"])
-    fit(stage, model, *batches, defaults, run, extra, args, processes)
+    extra = dict(config=asdict(model.config), classes=meta["classes"], scale=meta["scale"], tokenizers=meta["tokenizers"])
+    vq, kl, shown, settings = vq.to(processes.device), kl.to(processes.device), held_out[:10], preset["sample"]
+
+    @torch.no_grad()
+    def preview(model):
+        """What the averaged model samples for the classes (stage 2: and codes) of held-out pictures, beside those pictures."""
+        generator = torch.Generator(processes.device).manual_seed(args.seed)
+        labels = torch.from_numpy(cache.labels[shown]).to(processes.device)
+        codes = torch.from_numpy(cache.codes[0, shown].astype(np.int64)).to(processes.device)
+        rows = {"data, VQ": vq.decode(codes.unflatten(1, model.config.grid))}
+        with autocast(processes.device, args.dtype):
+            if stage == 1:
+                sampled = model.generate(labels, settings["cfg1"], settings["temperature1"], generator=generator)
+            else:
+                sampled = model.generate(labels, codes, settings["steps"], settings["cfg2"], settings["temperature2"],
+                                         settings["diffusion_steps"], settings["clip"], generator)
+        if stage == 1:
+            rows["sampled"] = vq.decode(sampled.unflatten(1, model.config.grid))
+        else:
+            moments = torch.from_numpy(cache.moments[0, shown].astype(np.float32)).to(processes.device)
+            rows["sampled"] = kl.decode(to_map(sampled, model.config.grid) / meta["scale"])
+            rows["data, KL"] = kl.decode(to_map(moments.chunk(2, 2)[0], model.config.grid))
+        pictures = np.stack([to_uint8(images).cpu().numpy() for images in rows.values()])
+        return draw_grid(pictures, [meta["classes"][label] for label in labels], list(rows))
+
+    fit(stage, model, *batches, defaults, run, extra, args, processes, preview)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -496,6 +536,7 @@ def parse(argv):
     add("--batch-size", type=positive, help="pictures per step, over all processes; the default rate scales with it")
     add("--accumulate", type=positive, default=1, help="split each process's share of a step into so many parts")
     add("--lr", type=not_negative, help="peak learning rate")
+    add("--fusion-lr", type=not_negative, default=1.0, help="stage 2: the learning rate of the fusion is so many times the rate")
     add("--code-noise", type=not_negative, default=0.0, help="stage 2: share of codes replaced by random ones")
     add("--checkpointing", action="store_true", help="recompute activations: less memory, about a third slower")
     add("--workers", type=int, help="processes that read data (default 4 on CUDA, else 0)")
@@ -506,6 +547,8 @@ def parse(argv):
     add("--seed", type=seed_number, default=0)
     add("--log-every", type=positive, help="steps between progress lines (default a twentieth, at most 100)")
     add("--save-every", type=positive, default=500, help="steps between checkpoints")
+    add("--sample-every", type=positive, default=5000, help="steps between sample grids, stage1.png and stage2.png")
+    add("--skip-bad", action="store_true", help="stage 0: pass over picture files that cannot be read, and list them")
     args = parser.parse_args(argv)
     args.out = args.out or f"runs/{args.preset}"
     if args.init and args.stage not in (1, 2):

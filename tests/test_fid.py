@@ -190,7 +190,7 @@ def test_folders_and_archives_are_read_in_slices(tmp_path):
                                     lossless=True)
     for name in ("stored.npz", "stored.npz:images", "compressed.npz", "folder"):
         found = fid.read_set(f"{tmp_path}/{name}")["images"]
-        expected = images[[0, 1, 2, 4, 5, 6, 3]] if name == "folder" else images  # sorted by path: deep/ comes last
+        expected = images if name != "folder" else images[[int(path.stem) for path in found.paths]]
         assert len(found) == 7
         for rows in (slice(0, 3), slice(3, 5), slice(6, 10), slice(0, 7)):  # forwards, and back again
             assert np.array_equal(found[rows], expected[rows])
@@ -235,10 +235,12 @@ def test_command_measures_a_folder_against_a_reference_file(model, weights, tmp_
     assert result == {"FID": pytest.approx(distance, rel=1e-4), "sFID": pytest.approx(distance_s, rel=1e-4),
                       "IS": pytest.approx(fid.inception_score(logits.double().softmax(dim=1)), rel=1e-5),
                       "precision": precision, "recall": recall, "resize": "tf1", "weights": result["weights"],
+                      "unavailable": {},
                       "samples": str(tmp_path / "samples"), "samples_images": 4, "samples_statistics": False,
                       "reference": str(virtual), "reference_images": 5, "reference_statistics": True}
     assert len(result["weights"]) == 8
     assert printed.err.count("cannot fill Inception's 2048 dimensions") == 1  # the reference brought its statistics
+    assert "4 images; FID falls as their number grows" in printed.err
     assert "warning: 4 images against 5: FID falls" in printed.err
 
 
@@ -252,7 +254,7 @@ def test_only_what_is_asked_for_goes_through_the_network(weights, tmp_path, caps
     def run(*flags):
         seen.clear()
         fid.main([str(tmp_path / "samples.npz"), "--weights", weights, "--device", "cpu", "--json", *flags])
-        return [name for name in json.loads(capsys.readouterr().out) if name in fid.NEEDS]
+        return [name for name in json.loads(capsys.readouterr().out) if name in fid.METRICS]
 
     against = ("--ref", str(tmp_path / "virtual.npz"))
     assert run(*against, "--metrics", "fid", "IS") == ["FID", "IS"] and seen == [4]
@@ -279,7 +281,7 @@ def test_command_gives_standard_errors(weights, tmp_path, capsys):
                  "--bootstrap", "3"]
     fid.main([*arguments, "--json"])
     result = json.loads(capsys.readouterr().out)
-    assert result["standard_errors"].keys() == fid.NEEDS.keys() and result["standard_errors"]["FID"] > 0
+    assert list(result["standard_errors"]) == fid.METRICS and result["standard_errors"]["FID"] > 0
     fid.main(arguments)
     first = capsys.readouterr().out.splitlines()[0]
     assert first == f"FID        {result['FID']:.4f} +- {result['standard_errors']['FID']:.4f}"  # and the same again
@@ -305,8 +307,8 @@ def test_command_with_statistics_alone_needs_no_network(tmp_path, capsys):
     fid.main([str(tmp_path / "a.npz"), "--ref", str(tmp_path / "b.npz"), "--json"])
     result = json.loads(capsys.readouterr().out)
     assert result["FID"] == pytest.approx(4096)
-    assert {name for name, value in result.items() if value is None} == {
-        "sFID", "IS", "precision", "recall", "samples_images", "reference_images", "weights"}
+    assert result["unavailable"].keys() == {"sFID", "IS", "precision", "recall"}
+    assert "b.npz has statistics without mu_s and sigma_s" in result["unavailable"]["sFID"]
 
 
 def test_command_with_a_trunk_reports_no_inception_score(state, tmp_path, capsys):
@@ -315,9 +317,8 @@ def test_command_with_a_trunk_reports_no_inception_score(state, tmp_path, capsys
     fid.main([f"{tmp_path}/two.npz:first", "--ref", f"{tmp_path}/two.npz:second",
               "--weights", str(tmp_path / "trunk.pth"), "--device", "cpu", "--resize", "half_pixel"])
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == [
-        "FID", "sFID", "IS", "precision", "recall", "samples", "reference", "Inception"]
-    assert lines[2].startswith("IS         unavailable (needs images, and weights with the last layer")
+    assert [line.split()[0] for line in lines] == [*fid.METRICS, "samples", "reference", "Inception"]
+    assert lines[2] == "IS         unavailable: the weights have no last layer, fc"
     assert lines[7].endswith("(not the published file), resize half_pixel")
 
 
@@ -337,7 +338,7 @@ def test_bad_files_end_in_one_clear_line(tmp_path, capsys):
 
     assert f"{tmp_path / 'absent.npz'}: no such file" in error_of(capsys, tmp_path / "absent.npz", "--ref", good)
     assert "no such file" in error_of(capsys, good, "--ref", tmp_path / "absent")
-    for arrays, complaint in [
+    for arrays, complaint, *flags in [
         ({"arr_0": images / 255}, "float64 array (4, 24, 24, 3); images must be uint8"),
         ({"arr_0": (images / 255).astype(np.float32)}, "float32 array"),
         ({"arr_0": images.astype(np.uint16)}, "uint16 array"),
@@ -353,13 +354,15 @@ def test_bad_files_end_in_one_clear_line(tmp_path, capsys):
         ({"mu": np.zeros(2048), "sigma": np.full((2048, 2048), np.nan)}, "sigma must be (2048, 2048) finite numbers"),
         ({"mu": np.zeros(2048), "mu_s": np.zeros(2023)}, "no mu and sigma"),
         ({"mu": np.zeros(2048), "sigma": np.eye(2048), "resize": "half_pixel"}, "bad.npz: its statistics were made with --resize"),
+        ({"mu": np.zeros(2048), "sigma": np.eye(2048)}, "--metrics sFID:", "--metrics", "sFID"),
     ]:
         np.savez(bad, **arrays)
-        assert complaint in " ".join(error_of(capsys, good, "--ref", bad).split())
+        assert complaint in " ".join(error_of(capsys, good, "--ref", bad, *flags).split())
     assert "nokey" in error_of(capsys, f"{good}:nokey", "--ref", good)
     np.savez(bad, mu=np.zeros(2048), sigma=np.eye(2048))
     assert "holds statistics already" in error_of(capsys, bad, "--make-stats", tmp_path / "new.npz")
-    assert "--bootstrap: halves need images" in error_of(capsys, bad, "--ref", bad, "--bootstrap", "5")
+    assert "--bootstrap: the samples are statistics" in error_of(capsys, bad, "--ref", bad, "--bootstrap", "5")
+    assert "--metrics IS" in error_of(capsys, bad, "--ref", bad, "--metrics", "IS")
     bad.write_bytes(pickle.dumps({"arr_0": 1}))
     assert "bad.npz: no readable .npz" in error_of(capsys, bad, "--ref", good)
     bad.write_bytes(good.read_bytes()[:1000])
@@ -372,7 +375,7 @@ def last_error_of(capsys, *argv):
         fid.main([str(word) for word in argv])
     printed = capsys.readouterr()
     assert stop.value.code == 2 and printed.out == "" and "Traceback" not in printed.err
-    return printed.err.splitlines()[-1]
+    return printed.err.removesuffix("\n").rpartition("\n")[2]
 
 
 def test_damage_found_while_reading_ends_in_one_clear_line(state, weights, tmp_path, capsys):
@@ -383,7 +386,7 @@ def test_damage_found_while_reading_ends_in_one_clear_line(state, weights, tmp_p
     bad.write_bytes(content)
     end = ("--ref", good, "--weights", weights, "--device", "cpu")
     stats = ("--make-stats", tmp_path / "stats.npz")
-    assert f"{bad}: damaged after 2 images" in last_error_of(capsys, bad, *end, *stats, "--batch-size", "2")
+    assert f"{bad}: damaged (" in last_error_of(capsys, bad, *end, *stats, "--batch-size", "2")
 
     pictures = tmp_path / "pictures"
     pictures.mkdir()
@@ -395,7 +398,7 @@ def test_damage_found_while_reading_ends_in_one_clear_line(state, weights, tmp_p
 
     torch.save(state | {"Conv2d_1a_3x3.conv.weight": torch.full((32, 3, 3, 3), torch.nan)}, tmp_path / "nan.pth")
     nan = ("--weights", tmp_path / "nan.pth", "--device", "cpu")
-    assert "nan.pth: features are not finite" in last_error_of(capsys, good, "--ref", good, *nan, *stats)
+    assert "nan.pth: makes features that are not finite" in last_error_of(capsys, good, "--ref", good, *nan, *stats)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.npz", "good.npz", "nan.pth", "pictures"]  # no stats
 
 
@@ -442,10 +445,10 @@ def test_bad_flags_and_weights_end_in_one_clear_line(state, tmp_path, capsys, mo
     damaged = {key: value for key, value in state.items() if key != "Mixed_6d.branch1x1.conv.weight"}
     for content in (damaged, {"model": state}, state | {"fc.weight": torch.zeros(10, 2048)}, [1, 2], {}):
         torch.save(content, weights)
-        assert f"--weights {weights}: not the state dict of" in error_of(
+        assert f"{weights}: damaged, or not the weights of" in last_error_of(
             capsys, good, "--ref", good, "--weights", weights, "--device", "cpu")
     weights.write_bytes(b"not a torch file")
-    assert f"--weights {weights}" in error_of(capsys, good, "--ref", good, "--weights", weights)
+    assert f"{weights}: damaged" in last_error_of(capsys, good, "--ref", good, "--weights", weights)
 
     def no_network(*args, **kwargs):
         raise urllib.error.URLError("no network")

@@ -2,6 +2,7 @@
 
 Importing this file adds the preset; run as a program it calls a script's main, so that tests can start and kill processes.
 """
+import os
 import sys
 from pathlib import Path
 
@@ -23,4 +24,9 @@ PRESETS["tiny"] = dict(
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    if os.environ.get("TINY_DTYPE") == "float64":
+        import tokenizers
+        torch.set_default_dtype(torch.float64)
+        to_float = tokenizers.to_float
+        tokenizers.to_float = lambda images: to_float(images).double()
     __import__(sys.argv[1]).main(sys.argv[2:])
