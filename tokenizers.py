@@ -153,7 +153,7 @@ def load_published(build, path, prefer_ema=True, content=None):
         raise InputError(f"{path}: holds no state dict under {', '.join(order)} or at the top level")
     try:
         return build(state)
-    except (KeyError, IndexError, TypeError, RuntimeError, ValueError) as error:
+    except Exception as error:  # weights of another kind can fail anywhere in building
         reason = f"key {error} is missing" if isinstance(error, KeyError) else str(error)[:400]
         raise InputError(f"{path}: the weights do not fit: {reason}") from error
 
@@ -262,7 +262,7 @@ class SharedArrays:
                 raise InputError(f"{folder}: cannot be written ({error}); free space or choose another --out") from error
         processes.wait()
         try:
-            self.arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r+", allow_pickle=False) for name in layout}
+            self.arrays = {name: np.lib.format.open_memmap(folder / f"{name}.npy", "r+") for name in layout}
             left = np.flatnonzero(~self.arrays["done"])
         except Exception as error:  # a damaged header can fail in any way
             raise InputError(f"{folder}: damaged ({error}); delete it and run the command again") from error
@@ -356,14 +356,17 @@ class ImageFolder(Dataset):
         self.classes = [folder.name for folder in folders]
         if not folders:
             raise InputError(f"--data {root}: holds no class folders; expected {root}/CLASS/IMAGE.jpg")
-        self.files = []
+        self.files, empty = [], []
         for label, folder in enumerate(folders):
             found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in self.SUFFIXES)
             if not found:
-                print(f"warning: class folder {folder} holds no images; its class id {label} stays unused")
+                empty.append(folder.name)
             self.files += [(path, label) for path in found]
         if not self.files:
             raise InputError(f"--data {root}: the class folders hold no images ({' '.join(sorted(self.SUFFIXES))})")
+        if empty:
+            print(f"warning: --data {root}: class folders without images ({', '.join(empty[:3])}{', ...' * (len(empty) > 3)}; "
+                  f"{len(empty)} in all); their class ids stay unused")
         names = "\n".join(str(path.relative_to(root)) for path, _ in self.files)
         self.fingerprint = f"{zlib.crc32(names.encode()):08x}"
 
@@ -970,12 +973,12 @@ class TokenCache:
             if wrong:
                 raise ValueError(f"the checksum of {', '.join(wrong)} is wrong")
             self.codes, self.moments, self.labels = (
-                np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ("codes", "moments", "labels"))
+                np.lib.format.open_memmap(folder / f"{name}.npy", "r") for name in ("codes", "moments", "labels"))
+            self.usable = np.flatnonzero(self.labels >= 0)
         except Exception as error:  # json, numpy and the disk each fail in their own ways
             raise InputError(f"{folder}: the token cache is unfinished or damaged ({error}); "
                              "delete it and run train.py --stage 0") from error
 
-        self.usable = np.flatnonzero(self.labels >= 0)
 
     def __reduce__(self):
         return TokenCache, (self.folder,)  # a worker process opens the files itself instead of receiving their content

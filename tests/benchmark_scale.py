@@ -1,0 +1,356 @@
+"""ImageNet-256 at full model size on stand-in data, and how hard the scripts are to hurt.
+
+    python tests/benchmark_scale.py full      # preset B, stages 0, 1, 2 and sampling, from weight files in the published form
+    python tests/benchmark_scale.py loader    # what stage 2 of preset B eats on a big GPU, and what the loader delivers
+    python tests/benchmark_scale.py kills     # SIGKILL at 30 random moments, then compare with an undisturbed run
+    python tests/benchmark_scale.py fuzz      # 300 damaged or foreign inputs; each must end in one clear line
+"""
+import argparse
+import contextlib
+import filecmp
+import functools
+import io
+import json
+import math
+import os
+import pickle
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).parent))
+import tiny  # noqa: E402  (the preset, and the path to the modules)
+import d2c  # noqa: E402
+import fid  # noqa: E402
+import sample  # noqa: E402
+import tokenizers  # noqa: E402
+import train  # noqa: E402
+from formula import formula_state  # noqa: E402
+
+GOLDENS = Path(__file__).parent / "goldens"
+
+
+def published(name, path, container):
+    """A file in the form of a published one, of formula weights."""
+    shapes = {key: shape for key, (shape, _) in json.loads((GOLDENS / f"{name}.json").read_text())["tensors"].items()}
+    state = formula_state(shapes)
+    torch.save({key: state for key in container.split("+")} | {"args": argparse.Namespace(lr=1e-4)}, path)
+    return str(path)
+
+
+# Full size -----------------------------------------------------------------------------------------------------------
+
+
+def stand_in_images(root, count, classes=1000):
+    """`count` JPEGs of 256 to 500 pixels in `classes` folders named like synsets."""
+    rng = np.random.default_rng(0)
+    for label in range(classes):
+        (root / f"n{label:08d}").mkdir(parents=True, exist_ok=True)
+    for i in range(count):
+        w, h = rng.integers(256, 501, 2)
+        small = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8))
+        small.resize((int(w), int(h)), Image.Resampling.BICUBIC).save(root / f"n{i * classes // count:08d}" / f"{i}.jpeg")
+    return root
+
+
+def full(folder):
+    clock = time.time()
+
+    def say(what):
+        nonlocal clock
+        peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / 2**20
+        print(f"== {what}: {time.time() - clock:.0f} s, peak memory so far {peak:.1f} GiB", flush=True)
+        clock = time.time()
+
+    def script(name, *arguments):  # in a process of its own, as a user starts it
+        subprocess.run([sys.executable, str(Path(__file__).parent.parent / f"{name}.py"), *map(str, arguments)], check=True)
+
+    for preset in "BLH":
+        with torch.device("meta"):
+            common = dict(num_classes=1000, grid=(16, 16), codebook_size=16384)
+            first = d2c.DiscreteGenerator(d2c.DiscreteConfig(**common, **d2c.PRESETS[preset]["stage1"]))
+            second = d2c.ContinuousGenerator(d2c.ContinuousConfig(**common, channels=16, fusion="qformer",
+                                                                  **d2c.PRESETS[preset]["stage2"]))
+        added = sum(p.numel() for name, p in second.named_parameters() if name.startswith(second.ADDED))
+        print(f"preset {preset}: stage 1 {sum(p.numel() for p in first.parameters()) / 1e6:.1f} M, stage 2 "
+              f"{(sum(p.numel() for p in second.parameters()) - added) / 1e6:.1f} M + {added / 1e6:.1f} M of fusion (Q-Former)")
+    images = tokenizers.ImageFolder(stand_in_images(folder / "thousand", 1000), 256)
+    assert len(images) == len(images.classes) == 1000
+    for pictures, labels in tokenizers.batches(images, 50, 2, range(20)):
+        assert pictures.shape == (50, 256, 256, 3)
+    say("1,000 JPEGs in 1,000 class folders made and read")
+    vq, kl = published("llamagen_vq_ds16", folder / "vq.pt", "model"), published("mar_kl16", folder / "kl.ckpt", "model")
+    gpt = published("llamagen_gpt_b_c2i", folder / "gpt.pt", "model")
+    mar = published("mar_base", folder / "mar.pth", "model+model_ema")
+    say("weight files in the published containers made")
+    run = ["--preset", "B", "--out", folder / "B"]
+    script("train", *run, "--stage", "0", "--data", stand_in_images(folder / "few", 32), "--vq", vq, "--kl", kl)
+    say("stage 0 on 32 of them")
+    steps = ["--steps", "2", "--batch-size", "4"]
+    script("train", *run, "--stage", "1", *steps, "--init", gpt)
+    say("stage 1, two steps of 4")
+    for fusion in ("cross", "qformer"):
+        (folder / "B" / "stage2.pt").unlink(missing_ok=True)
+        script("train", *run, "--stage", "2", *steps, "--fusion", fusion, "--init", mar, "--fusion-lr", "10")
+        say(f"stage 2, two steps of 4, fusion {fusion}")
+    script("sample", "--run", folder / "B", "--num", "2", "--steps", "8", "--diffusion-steps", "10", "--out", folder / "two.png")
+    say("two pictures, 8 token steps of 10 diffusion steps")
+
+
+# Loader --------------------------------------------------------------------------------------------------------------
+
+
+def loader(folder, count=4096, batch=128):
+    config = d2c.ContinuousConfig(num_classes=1000, grid=(16, 16), codebook_size=16384, channels=16, fusion="qformer",
+                                  **d2c.PRESETS["B"]["stage2"])
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        hidden = math.ceil(256 * 0.85)  # about the mean of MAR's distribution
+        places = torch.zeros(1, 256, dtype=torch.int64)
+        d2c.ContinuousGenerator(config)(torch.zeros(1, 256, 16), places[:, hidden:], places[:, :hidden], places[:, 0], places,
+                                        torch.zeros(1, hidden, 4, dtype=torch.int64), torch.zeros(1, hidden, 4, 16)).backward()
+    flops = counter.get_total_flops()
+    needed = 0.4 * 989e12 / flops
+    print(f"stage 2 of preset B: {flops / 1e9:.0f} GFLOP per image (forward and backward), so at 40 % of 989 TFLOP/s (the "
+          f"data sheet's bf16 rate of an H100 or H200) {needed:.0f} images/s")
+    tokens = folder / "tokens"
+    tokens.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    np.save(tokens / "codes.npy", rng.integers(0, 16384, (2, count, 256), dtype=np.uint16))
+    np.save(tokens / "moments.npy", rng.standard_normal((2, count, 256, 32), dtype=np.float32).astype(np.float16))
+    np.save(tokens / "labels.npy", rng.integers(0, 1000, count))
+    cache = tokenizers.TokenCache.__new__(tokenizers.TokenCache)  # without the checksums
+    cache.folder, cache.meta = tokens, dict(scale=0.2325, codebook_size=16384)
+    cache.codes, cache.moments, cache.labels = (np.load(tokens / f"{name}.npy", mmap_mode="r") for name in ("codes", "moments", "labels"))
+    read = functools.partial(train.read_latents, cache, config, 0.0)
+    batches = train.Batches(read, np.arange(count), batch, 2, 0, tokenizers.Processes("cpu"))
+    size = sum(x.numel() * x.element_size() for x in batches[0]) / batch
+    for workers in (0, 2):
+        stream = iter(DataLoader(batches, batch_size=None, sampler=range(200), num_workers=workers))
+        for _ in range(8):
+            next(stream)  # the page cache and the workers are warm from here on
+        start = time.time()
+        for _ in range(40):
+            next(stream)
+        rate = 40 * batch / (time.time() - start)
+        print(f"{workers} workers: {rate:.0f} images/s, {rate * size / 1e6:.0f} MB/s, {rate / needed:.1f} times what is eaten")
+
+
+# Kills ---------------------------------------------------------------------------------------------------------------
+
+
+def kills(folder, count=30):
+    images = tokenizers.Shapes(16, count=2000)
+    np.savez(folder / "shapes.npz", images=np.stack([images[i][0] for i in range(2000)]), labels=np.arange(2000) % 10)
+    rng, spent = random.Random(0), []
+
+    def commands(name):
+        training = ["train", "--preset", "tiny", "--data", folder / "shapes.npz", "--out", folder / name, "--save-every", "10",
+                    "--steps", "300"]
+        return training, ["sample", "--run", folder / name, "--num", "400", "--out", folder / f"{name}.npz"]
+
+    def start(command):
+        return subprocess.Popen([sys.executable, str(Path(tiny.__file__)), *map(str, command)], stdout=subprocess.PIPE, text=True)
+
+    for command in commands("undisturbed"):
+        began = time.time()
+        output = start(command).communicate()[0]
+        spent.append(time.time() - began)
+    for command, share, length in zip(commands("killed"), (count * 2 // 3, count // 3), spent):
+        done = 0
+        while done < share:
+            process = start(command)
+            # Long enough that work gets done between kills, short enough that the work outlasts them.
+            time.sleep(rng.uniform(0.3, 1.0) * (3.0 + length / share))
+            process.kill()
+            output = process.communicate()[0].strip().splitlines()
+            if process.returncode == 0:
+                print(f"{command[0]}: finished after {done} kills")
+                break
+            done += 1
+            print(f"kill {done} of {command[0]}: after {output[-1][:100] if output else 'nothing'}")
+        assert start(command).wait() == 0
+    equal = {name: filecmp.cmp(folder / f"undisturbed{name}", folder / f"killed{name}", shallow=False)
+             for name in ("/tokens/codes.npy", "/tokens/moments.npy", "/tokens/labels.npy", ".npz")}
+    for stage in (0, 1, 2):
+        a, b = (torch.load(folder / name / f"stage{stage}.pt", weights_only=True) for name in ("undisturbed", "killed"))
+        for part in ("model", "ema"):
+            equal[f"stage {stage} {part}"] = all(torch.equal(a[part][key], b[part][key]) for key in a[part])
+    print("identical to an undisturbed run:", equal)
+    assert all(equal.values())
+
+
+# Fuzz ----------------------------------------------------------------------------------------------------------------
+
+
+class Bomb:
+    """What must never run."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.mark),)
+
+
+def damage(path, rng, bomb):
+    """Hurt one file in a random way; returns what was done."""
+    content = path.read_bytes()
+    kind = rng.choice(["truncate", "flip", "flip", "flip in front", "garbage", "empty", "bomb", "foreign", "content"])
+    if kind == "truncate":
+        path.write_bytes(content[: rng.randrange(len(content))])
+    elif kind.startswith("flip"):
+        content, place = bytearray(content), rng.randrange(len(content) if kind == "flip" else min(400, len(content)))
+        content[place] ^= 1 << rng.randrange(8)
+        path.write_bytes(content)
+        kind += f" at {place}"
+    elif kind == "garbage":
+        path.write_bytes(rng.randbytes(rng.randrange(1, 2000)))
+    elif kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "bomb" and path.suffix in (".npy", ".npz"):
+        file = io.BytesIO()
+        np.save(file, np.array([Bomb(bomb)], dtype=object), allow_pickle=True)
+        if path.suffix == ".npy":
+            path.write_bytes(file.getvalue())
+        else:
+            with zipfile.ZipFile(path, "w") as archive:
+                for name in ("images.npy", "labels.npy", "arr_0.npy", "mu.npy"):
+                    archive.writestr(name, file.getvalue())
+    elif kind == "bomb" and path.suffix in (".pt", ".pth", ".ckpt"):
+        torch.save({"model": Bomb(bomb), "run": Bomb(bomb)}, path)
+    elif kind == "bomb":
+        path.write_bytes(pickle.dumps(Bomb(bomb)))
+    elif kind == "foreign":
+        torch.save({"model": {"weight": torch.zeros(3)}}, path)
+    elif path.suffix in (".pt", ".pth", ".ckpt"):
+        file = torch.load(path, weights_only=False)
+        part = file
+        while any(isinstance(value, dict) for value in part.values()) and rng.random() < 0.7:
+            part = rng.choice([value for value in part.values() if isinstance(value, dict)])
+        kind, key = rng.choice(["key gone", "key renamed", "wrong type", "wrong shape"]), rng.choice(list(part) or [None])
+        kind += f" {key}"
+        if key is not None:
+            value = part.pop(key)
+            if kind.startswith("key renamed"):
+                part[f"{key}x"] = value
+            elif kind.startswith("wrong type"):
+                part[key] = "text"
+            elif kind.startswith("wrong shape"):
+                part[key] = torch.zeros(7, 3)
+        torch.save(file, path)
+    elif path.suffix == ".npz":
+        with np.load(path, allow_pickle=False) as file:
+            arrays = dict(file)
+        name = rng.choice(list(arrays))
+        kind = rng.choice(["gone", "float", "short", "renamed"]) + f" {name}"
+        value = arrays.pop(name)
+        if "float" in kind:
+            arrays[name] = value / 3
+        elif "short" in kind:
+            arrays[name] = value[:1]
+        elif "renamed" in kind:
+            arrays[f"{name}x"] = value
+        np.savez(path, **arrays)
+    elif path.suffix == ".json":
+        content = json.loads(content)
+        key = rng.choice(list(content))
+        content[key] = rng.choice([None, -1, "text", [], {}])
+        path.write_text(json.dumps(content))
+        kind = f"content of {key}"
+    else:
+        path.write_bytes(content + b"more")
+        kind = "longer"
+    return kind
+
+
+def fuzz(folder, count=300):
+    rng, whole, bomb = random.Random(0), folder / "whole", folder / "bomb"
+    whole.mkdir()
+    torch.set_num_threads(1)
+    images = np.stack([tokenizers.Shapes(16)[i][0] for i in range(60)])
+    np.savez(whole / "data.npz", images=images, labels=np.arange(60) % 10)
+    published("llamagen_vq_tiny_ch32", whole / "vq.pt", "model")
+    published("mar_kl_tiny_ch32", whole / "kl.ckpt", "model")
+    published("llamagen_gpt_tiny", whole / "gpt.pt", "model")
+    published("mar_tiny", whole / "mar.pth", "model+model_ema")
+    np.savez(whole / "stats.npz", **{name: np.ones(shape) for name, shape in fid.STATISTICS.items()})
+    (whole / "folder" / "class").mkdir(parents=True)
+    for i in range(3):
+        Image.fromarray(images[i]).save(whole / "folder" / "class" / f"{i}.png")
+        Image.fromarray(images[i]).save(whole / "folder" / "class" / f"{i}.jpg")
+    with contextlib.redirect_stdout(io.StringIO()):
+        train.main(["--preset", "tiny", "--data", str(whole / "data.npz"), "--out", str(whole / "run"), "--steps", "3"])
+
+    here = folder / "here"
+    run = ["--preset", "tiny", "--out", str(here / "run")]
+    more = [*run, "--steps", "4"]
+    fresh = ["--preset", "tiny", "--out", str(here / "new"), "--steps", "1", "--data"]
+    sampling = ["--num", "2", "--steps", "2", "--diffusion-steps", "2", "--out", str(here / "out.npz")]
+    cases = [  # (a file, what then reads it)
+        ("run/tokenizers.pt", sample.main, ["--run", str(here / "run"), *sampling]),
+        ("run/tokenizers.pt", train.main, [*more, "--stage", "1"]),
+        ("run/stage1.pt", train.main, [*more, "--stage", "1"]),
+        ("run/stage2.pt", train.main, [*more, "--stage", "2"]),
+        ("run/stage2.pt", sample.main, ["--run", str(here / "run"), *sampling]),
+        ("run/stage1.pt", sample.main, ["--run", str(here / "run"), *sampling]),
+        *[(f"run/tokens/{name}", train.main, [*more, "--stage", "2"]) for name in ("codes.npy", "moments.npy", "labels.npy", "meta.json")],
+        ("data.npz", train.main, [*fresh, str(here / "data.npz")]),
+        ("folder/class/1.png", train.main, [*fresh, str(here / "folder")]),
+        ("folder/class/1.jpg", train.main, [*fresh, str(here / "folder")]),
+        ("vq.pt", train.main, [*fresh, str(here / "data.npz"), "--vq", str(here / "vq.pt"), "--kl", str(here / "kl.ckpt"), "--stage", "0"]),
+        ("kl.ckpt", train.main, [*fresh, str(here / "data.npz"), "--vq", str(here / "vq.pt"), "--kl", str(here / "kl.ckpt"), "--stage", "0"]),
+        ("gpt.pt", sample.main, ["--vq", str(here / "vq.pt"), "--stage1", str(here / "gpt.pt"), *sampling]),
+        ("mar.pth", sample.main, ["--kl", str(here / "kl.ckpt"), "--stage2", str(here / "mar.pth"), *sampling]),
+        ("stats.npz", fid.main, [str(here / "stats.npz"), "--ref", str(whole / "stats.npz")]),
+        ("data.npz", fid.main, [str(here / "data.npz"), "--ref", str(whole / "stats.npz"), "--metrics", "FID", "--weights", str(here / "gpt.pt")]),
+    ]
+    refused = handled = 0
+    for i in range(count):
+        shutil.rmtree(here, ignore_errors=True)
+        shutil.copytree(whole, here)
+        name, main, arguments = cases[i % len(cases)]
+        kind = damage(here / name, rng, bomb)
+        out, err, code = io.StringIO(), io.StringIO(), 0
+        signal.alarm(120)  # none may hang
+        try:
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+                main(arguments)
+        except SystemExit as stop:
+            code = stop.code
+        except BaseException:
+            print(f"FAILED: {name}, {kind}: python {main.__module__}.py {' '.join(arguments)}")
+            raise
+        signal.alarm(0)
+        last = err.getvalue().strip().splitlines()[-1:]
+        assert code in (0, 2) and (code == 0) == (not last or last[0].startswith("warning")), (name, kind, code, err.getvalue())
+        assert not bomb.exists(), (name, kind)
+        refused, handled = refused + (code == 2), handled + (code == 0)
+        print(f"{name}, {kind}: {last[0].replace(str(folder), '...')[:150] if code else 'handled'}")
+    print(f"{count} damaged inputs: {refused} refused in one line, {handled} handled; nothing ran, hung or ended in a traceback")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("what", choices=("full", "loader", "kills", "fuzz"))
+    parser.add_argument("--folder", default="runs/scale", help="works in FOLDER/WHAT, which is emptied first")
+    args = parser.parse_args()
+    folder = Path(args.folder).resolve() / args.what
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    {"full": full, "loader": loader, "kills": kills, "fuzz": fuzz}[args.what](folder)
+
+
+if __name__ == "__main__":
+    main()
