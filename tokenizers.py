@@ -273,7 +273,7 @@ class SharedArrays:
     def mark(self, batch):
         """This batch is written. Every few seconds what is written goes to the disk, and then counts as done."""
         self.written.append(batch)
-        if time.time() - self.flushed > 5 or batch == self.todo[-1]:
+        if time.time() - self.flushed > 2 or batch == self.todo[-1]:
             for name, array in self.arrays.items():
                 if name != "done":
                     array.flush()

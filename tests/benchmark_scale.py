@@ -150,37 +150,43 @@ def loader(folder, count=4096, batch=128):
 # Kills ---------------------------------------------------------------------------------------------------------------
 
 
-def kills(folder, count=30):
-    images = tokenizers.Shapes(16, count=2000)
-    np.savez(folder / "shapes.npz", images=np.stack([images[i][0] for i in range(2000)]), labels=np.arange(2000) % 10)
-    rng, spent = random.Random(0), []
+def kills(folder):
+    images = tokenizers.Shapes(16, count=30000)
+    np.savez(folder / "shapes.npz", images=np.stack([images[i][0] for i in range(30000)]), labels=np.arange(30000) % 10)
+    rng = random.Random(0)
 
     def commands(name):
         training = ["train", "--preset", "tiny", "--data", folder / "shapes.npz", "--out", folder / name, "--save-every", "10",
                     "--steps", "300"]
-        return training, ["sample", "--run", folder / name, "--num", "400", "--out", folder / f"{name}.npz"]
+        return training, ["sample", "--run", folder / name, "--num", "5000", "--out", folder / f"{name}.npz"]
 
-    def start(command):
-        return subprocess.Popen([sys.executable, str(Path(tiny.__file__)), *map(str, command)], stdout=subprocess.PIPE, text=True)
+    def start(command, **more):
+        return subprocess.Popen([sys.executable, "-u", str(Path(tiny.__file__)), *map(str, command)], stdout=subprocess.PIPE,
+                                text=True, **more)
 
     for command in commands("undisturbed"):
-        began = time.time()
-        output = start(command).communicate()[0]
-        spent.append(time.time() - began)
-    for command, share, length in zip(commands("killed"), (count * 2 // 3, count // 3), spent):
-        done = 0
-        while done < share:
-            process = start(command)
-            # Long enough that work gets done between kills, short enough that the work outlasts them.
-            time.sleep(rng.uniform(0.3, 1.0) * (3.0 + length / share))
+        start(command).communicate()
+    training, sampling = commands("killed")
+    count, resuming = 0, ("resuming", "goes on", "going on")
+    for command, phases in ((training, {"stage 0  step": 7, "encoding": 4, "stage 1  step": 6, "stage 2  step": 6}),
+                            (sampling, {"sampled": 7})):
+        for phase in [phase for phase, times in phases.items() for _ in range(times)]:
+            process, resumed = start(command), "from the start"
+            for line in process.stdout:
+                if any(word in line for word in resuming):
+                    resumed = line.strip().replace(str(folder), "...")
+                if line.startswith(phase) or phase == "encoding" and (folder / "killed" / "tokens" / "plan.json").exists():
+                    break
+            time.sleep(rng.uniform(0, 0.6 if "step" in phase else 4))
             process.kill()
-            output = process.communicate()[0].strip().splitlines()
-            if process.returncode == 0:
-                print(f"{command[0]}: finished after {done} kills")
-                break
-            done += 1
-            print(f"kill {done} of {command[0]}: after {output[-1][:100] if output else 'nothing'}")
-        assert start(command).wait() == 0
+            process.communicate()
+            count += 1
+            print(f"kill {count:2} in {phase.split('  ')[0]}, {resumed}", flush=True)
+            assert process.returncode == -signal.SIGKILL, "the work was finished before the kill"
+        process = start(command)
+        output = process.communicate()[0].splitlines()
+        assert process.returncode == 0
+        print(next(line for line in output if any(word in line for word in resuming)).replace(str(folder), "..."))
     equal = {name: filecmp.cmp(folder / f"undisturbed{name}", folder / f"killed{name}", shallow=False)
              for name in ("/tokens/codes.npy", "/tokens/moments.npy", "/tokens/labels.npy", ".npz")}
     for stage in (0, 1, 2):
