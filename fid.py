@@ -1,27 +1,30 @@
 """Are the samples as good, and as varied, as real images?  FID, sFID, Inception Score, precision and recall.
 
     python fid.py samples.npz --ref VIRTUAL_imagenet256_labeled.npz   # ADM's reference file: the numbers of the papers
-    python fid.py runs/demo/pictures --ref real.npz:images            # any two sets of images, .npz or folder
+    python fid.py my_samples --ref real.npz:images --bootstrap 20     # any two sets, folder or .npz; with standard errors
     python fid.py real.npz:images --make-stats real-stats.npz         # measure a reference once, for later --ref
+    torchrun --nproc_per_node=8 -- fid.py samples.npz --ref ...       # the same numbers, sooner
 
 Pixels are a poor ruler, so every image is first described by a network trained to classify ImageNet:
 
     uint8 image -> resize to 299x299 -> Inception-v3 -> pool    (2048)  what is in the image
                                                      -> spatial (2023)  where it is: 7 channels of a 17x17 map
-                                                     -> logits  (1008)  how sure the network is
+                                                     -> logits  (1008)  how sure the network is (of 1000 classes; the
+                                                                        published graph has 8 more outputs)
 
-Five numbers then compare the clouds of points that two sets of images make:
+Two sets of images make two clouds of such points, and four numbers compare them; the fifth looks at the samples alone:
 
     FID        |mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) of `pool`: the distance of two Gaussians    [Heusel 2017]
     sFID       the same of `spatial`, which sees the layout                                                [Nash 2021]
-    IS         exp(mean KL(p(class | image) || p(class))): sure of each image, varied over all         [Salimans 2016]
     precision  share of samples that lie among the real images: quality                            [Kynkaanniemi 2019]
     recall     share of real images that lie among the samples: variety
+    IS         exp(mean KL(p(class | image) || p(class))): sure of each image, varied over all         [Salimans 2016]
 
-Two FIDs compare only if all of these agree, and each has spoiled published numbers: the network (TensorFlow's of
-2015-12-05; torchvision's is another), the resize (`tf1` as in ADM, `half_pixel` as in pytorch-fid), the reference (for
-ImageNet generation ADM's training-set statistics), the count (50,000 samples, 50 per class), and lossless files (JPEG
-changes pixels).  All definitions are those of ADM's evaluator [Dhariwal & Nichol 2021, arXiv 2105.05233].
+Two FIDs compare only if all of these agree, and each has spoiled published numbers (README, "FID, and what moves it", has
+how much): the network (TensorFlow's of 2015-12-05; torchvision's is another), the resize (`tf1` as in ADM, `half_pixel` as
+in pytorch-fid), the reference (for ImageNet generation ADM's training-set statistics), the count (50,000 samples, 50 per
+class), and lossless files (JPEG changes pixels).  All definitions are those of ADM's evaluator [Dhariwal & Nichol 2021,
+arXiv 2105.05233]; it computes the distances of precision and recall in half precision, which may move them by 0.01.
 
 This file imports none of its neighbours: copy it to where you need it.
 """
@@ -328,7 +331,8 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 
 
 def inception_score(probs, split_size=5000):
-    """exp(mean KL(p || mean p)) of class probabilities (N,C), averaged over consecutive splits of the rows."""
+    """exp(mean KL(p || mean p)) of class probabilities (N,C), averaged over consecutive splits of the rows: ADM's choice.
+    The score grows with the size of a split, and falls where one holds few classes: rows must not be in order of class."""
     probs = np.asarray(probs, dtype=np.float64)
     splits = [probs[i : i + split_size] for i in range(0, len(probs), split_size)]
     return float(np.mean([np.exp(rel_entr(p, p.mean(axis=0)).sum(axis=1).mean()) for p in splits]))

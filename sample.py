@@ -231,7 +231,7 @@ def draw_grid(kinds, titles, rows):
 def sample(pipeline, chosen, args, processes):
     """Sample pictures of the chosen classes and save them to args.out, as a grid (.png) or an array (.npz)."""
     if args.out.suffix == ".png":
-        chosen = chosen[:10]
+        chosen = chosen[:min(10, args.num or 10)]  # a column each
     number = args.num or 3 * len(chosen)
     labels = [chosen[i % len(chosen)] for i in range(number)]
     processes.say(f"{number} pictures: " + ", ".join(f"{name} {value}" for name, value in pipeline.settings.items()))

@@ -241,9 +241,10 @@ class SharedArrays:
     """
 
     def __init__(self, folder, plan, layout, batches, processes):
-        self.folder = folder = Path(folder)
+        if not processes.one_node:
+            raise InputError(f"{folder}: its processes must share files, so they must run on one node")
         layout = layout | {"done": (np.bool_, (batches,))}
-        plan = json.dumps(plan, indent=1)
+        folder, plan = Path(folder), json.dumps(plan, indent=1)
         if processes.rank == 0:
             try:
                 if not (folder / "plan.json").exists() or (folder / "plan.json").read_text() != plan:
@@ -263,6 +264,9 @@ class SharedArrays:
         processes.wait()
         try:
             self.arrays = {name: np.lib.format.open_memmap(folder / f"{name}.npy", "r+") for name in layout}
+            for name, (dtype, shape) in layout.items():
+                if (self.arrays[name].dtype, self.arrays[name].shape) != (dtype, shape):
+                    raise ValueError(f"{name}.npy has another shape")
             left = np.flatnonzero(~self.arrays["done"])
         except Exception as error:  # a damaged header can fail in any way
             raise InputError(f"{folder}: damaged ({error}); delete it and run the command again") from error
@@ -978,7 +982,6 @@ class TokenCache:
         except Exception as error:  # json, numpy and the disk each fail in their own ways
             raise InputError(f"{folder}: the token cache is unfinished or damaged ({error}); "
                              "delete it and run train.py --stage 0") from error
-
 
     def __reduce__(self):
         return TokenCache, (self.folder,)  # a worker process opens the files itself instead of receiving their content
