@@ -462,9 +462,6 @@ def train_generator(stage, args, preset, processes):
     out = Path(args.out)
     cache = TokenCache(out / "tokens", verify=processes.local_rank == 0)
     processes.wait()
-    vq, kl, *_ = load_tokenizers(out / "tokenizers.pt")
-    if [crc_of(vq), crc_of(kl)] != cache.meta["tokenizers"]:
-        raise InputError(f"{out / 'tokens'}: was not made with {out / 'tokenizers.pt'}; delete the folder and run train.py --stage 0")
     meta, defaults = cache.meta, preset["train"][stage]
     batch_size = args.batch_size or defaults["batch_size"]
     run = dict(preset=args.preset, seed=args.seed, batch_size=batch_size, tokens=cache.identity, init=file_name(args.init))
@@ -477,9 +474,12 @@ def train_generator(stage, args, preset, processes):
         fusion = args.fusion or preset["fusion"]
         run.update(fusion=fusion, code_noise=args.code_noise)
         model = ContinuousGenerator(ContinuousConfig(**common, **preset["stage2"], channels=meta["channels"], fusion=fusion))
-        if fusion != "none":
-            model.start_fusion(vq.codebook())
         read = functools.partial(read_latents, cache, model.config, args.code_noise)
+    vq, kl, *_ = load_tokenizers(out / "tokenizers.pt")
+    if [crc_of(vq), crc_of(kl)] != meta["tokenizers"]:
+        raise InputError(f"{out / 'tokens'}: was not made with {out / 'tokenizers.pt'}; delete the folder and run train.py --stage 0")
+    if stage == 2 and fusion != "none":
+        model.start_fusion(vq.codebook())
     if args.init and not (out / f"stage{stage}.pt").exists():
         load_published(model.load_published, args.init, prefer_ema=args.init_ema)
         processes.say(f"stage {stage}: starting from {args.init}")
