@@ -37,18 +37,7 @@ import fid  # noqa: E402
 import sample  # noqa: E402
 import tokenizers  # noqa: E402
 import train  # noqa: E402
-from formula import formula_state  # noqa: E402
-
-GOLDENS = Path(__file__).parent / "goldens"
-
-
-def published(name, path, container):
-    """A file in the form of a published one, of formula weights."""
-    shapes = {key: shape for key, (shape, _) in json.loads((GOLDENS / f"{name}.json").read_text())["tensors"].items()}
-    state = formula_state(shapes)
-    torch.save({key: state for key in container.split("+")} | {"args": argparse.Namespace(lr=1e-4)}, path)
-    return str(path)
-
+from formula import published_file  # noqa: E402
 
 # Full size -----------------------------------------------------------------------------------------------------------
 
@@ -91,9 +80,9 @@ def full(folder):
     for pictures, labels in tokenizers.batches(images, 50, 2, range(20)):
         assert pictures.shape == (50, 256, 256, 3)
     say("1,000 JPEGs in 1,000 class folders made and read")
-    vq, kl = published("llamagen_vq_ds16", folder / "vq.pt", "model"), published("mar_kl16", folder / "kl.ckpt", "model")
-    gpt = published("llamagen_gpt_b_c2i", folder / "gpt.pt", "model")
-    mar = published("mar_base", folder / "mar.pth", "model+model_ema")
+    vq, kl = published_file("llamagen_vq_ds16", folder / "vq.pt", "model"), published_file("mar_kl16", folder / "kl.ckpt", "model")
+    gpt = published_file("llamagen_gpt_b_c2i", folder / "gpt.pt", "model")
+    mar = published_file("mar_base", folder / "mar.pth", "model", "model_ema")
     say("weight files in the published containers made")
     run = ["--preset", "B", "--out", folder / "B"]
     script("train", *run, "--stage", "0", "--data", stand_in_images(folder / "few", 32), "--vq", vq, "--kl", kl)
@@ -241,7 +230,8 @@ def damage(path, rng, bomb):
     elif kind == "foreign":
         torch.save({"model": {"weight": torch.zeros(3)}}, path)
     elif path.suffix in (".pt", ".pth", ".ckpt"):
-        file = torch.load(path, weights_only=False)
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            file = torch.load(path, weights_only=True)
         part = file
         while any(isinstance(value, dict) for value in part.values()) and rng.random() < 0.7:
             part = rng.choice([value for value in part.values() if isinstance(value, dict)])
@@ -287,10 +277,10 @@ def fuzz(folder, count=300):
     torch.set_num_threads(1)
     images = np.stack([tokenizers.Shapes(16)[i][0] for i in range(60)])
     np.savez(whole / "data.npz", images=images, labels=np.arange(60) % 10)
-    published("llamagen_vq_tiny_ch32", whole / "vq.pt", "model")
-    published("mar_kl_tiny_ch32", whole / "kl.ckpt", "model")
-    published("llamagen_gpt_tiny", whole / "gpt.pt", "model")
-    published("mar_tiny", whole / "mar.pth", "model+model_ema")
+    published_file("llamagen_vq_tiny_ch32", whole / "vq.pt", "model")
+    published_file("mar_kl_tiny_ch32", whole / "kl.ckpt", "model")
+    published_file("llamagen_gpt_tiny", whole / "gpt.pt", "model")
+    published_file("mar_tiny", whole / "mar.pth", "model", "model_ema")
     np.savez(whole / "stats.npz", **{name: np.ones(shape) for name, shape in fid.STATISTICS.items()})
     (whole / "folder" / "class").mkdir(parents=True)
     for i in range(3):

@@ -4,8 +4,11 @@ Every tensor is filled with normal numbers from a generator seeded by its name, 
 signals neither die nor explode.  The golden files in `goldens/` were made by the original code with these weights, so
 the rule must not change by a bit: PCG64 seeded by crc32 of the key, float32 throughout.
 """
+import argparse
+import json
 import math
 import zlib
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -36,3 +39,12 @@ def formula_state(shapes, conv_gain=1.0):
             value = np.float32(0.1) * noise
         state[key] = torch.from_numpy(np.asarray(value, dtype=np.float32))
     return state
+
+
+def published_file(name, path, *containers):
+    """A weight file in the form of a published one: formula weights for the key list `name` of `goldens/`, in a dict under
+    each of `containers`, beside training arguments as their authors store them. Returns the path as text."""
+    tensors = json.loads((Path(__file__).parent / "goldens" / f"{name}.json").read_text())["tensors"]
+    state = formula_state({key: shape for key, (shape, _) in tensors.items()})
+    torch.save({container: state for container in containers} | {"args": argparse.Namespace(lr=1e-4)}, path)
+    return str(path)

@@ -18,7 +18,7 @@ from PIL import Image
 import d2c
 import sample
 import train
-from formula import formula_state
+from formula import published_file
 from tokenizers import ImageFolder, TokenCache, seed_of
 
 TINY = Path(__file__).parent / "tiny.py"
@@ -299,19 +299,11 @@ def test_seed_and_settings_decide_the_pictures(finished, tmp_path):
         assert not np.array_equal(base, pictures("--seed", "1", *settings)), settings
 
 
-def published(name, path, container):
-    """A file of the published form with formula-made weights."""
-    keys = json.loads((TINY.parent / "goldens" / f"{name}.json").read_text())["tensors"]
-    state = formula_state({key: shape for key, (shape, _) in keys.items()})
-    torch.save({container: state}, path)
-    return str(path)
-
-
 def test_published_files_alone(tmp_path, data, capsys):
     """The README's commands for LlamaGen alone, MAR alone, and a run on published tokenizers, at the goldens' small sizes."""
-    vq = published("llamagen_vq_tiny_ch32", tmp_path / "vq.pt", "model")
-    kl = published("mar_kl_tiny_ch32", tmp_path / "kl.ckpt", "model")
-    gpt = published("llamagen_gpt_tiny", tmp_path / "gpt.pt", "model")
+    vq = published_file("llamagen_vq_tiny_ch32", tmp_path / "vq.pt", "model")
+    kl = published_file("mar_kl_tiny_ch32", tmp_path / "kl.ckpt", "model")
+    gpt = published_file("llamagen_gpt_tiny", tmp_path / "gpt.pt", "model")
     mar = d2c.ContinuousGenerator(d2c.ContinuousConfig(channels=4, num_classes=10, grid=(4, 4), width=64, encoder_depth=1, num_heads=1,
                                                        decoder_depth=1, buffer_size=4, head_depth=1, head_width=32)).state_dict()
     torch.save({"model": mar, "model_ema": mar}, tmp_path / "mar.pth")
