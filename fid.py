@@ -637,6 +637,7 @@ def save_statistics(path, samples, args, digest):
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise InputError(f"--make-stats {path}: cannot be written ({error.strerror}); free space or name another") from error
+    print(f"saved {path}", file=sys.stderr)
 
 
 def evaluate(args):
