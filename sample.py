@@ -13,9 +13,11 @@ the pictures depend on --seed and --batch-size, and not on the number of process
 
 Reading order: models, pictures, the command.
 """
+import json
 import math
 import shutil
 import time
+import zipfile
 import zlib
 from pathlib import Path
 
@@ -25,7 +27,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from d2c import PRESETS, ContinuousConfig, ContinuousGenerator, DiscreteConfig, DiscreteGenerator, generate
 from tokenizers import (KL16_SCALE, InputError, KLTokenizer, Parser, Processes, SharedArrays, VQTokenizer, autocast,
-                        check_space, clock, crc_of, load_published, load_tokenizers, not_negative, positive, read_checkpoint,
+                        clock, crc_of, load_published, load_tokenizers, not_negative, positive, read_checkpoint,
                         read_image, seed_number, seed_of, to_float, to_map, to_uint8, write_atomically)
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -97,7 +99,7 @@ class Pipeline:
             part.to(device).eval()
         config, file = (self.continuous or self.discrete).config, file2 or file1
         self.grid = tuple(config.grid)
-        self.size = self.grid[0] * (self.vq or self.kl).config.factor  # side of a picture in pixels
+        self.size = self.grid[0] * (self.vq if self.discrete else self.kl).config.factor  # side of a picture in pixels
         self.classes = file["classes"] if file else [str(label) for label in range(config.num_classes)]
         self.settings = dict(PRESETS[file["run"]["preset"] if file else "B"]["sample"])
         for name in ("cfg1", "temperature1", "top_k", "top_p", "cfg2", "temperature2", "steps", "diffusion_steps", "batch_size"):
@@ -179,16 +181,13 @@ def choose_classes(wanted, classes):
     return chosen or list(range(len(classes)))
 
 
-def make_pictures(pipeline, labels, args, processes, folder):
+def make_pictures(pipeline, labels, plan, args, processes, folder):
     """Sample labels (n,) batch by batch into `folder`: memory-mapped uint8 (kinds,n,S,S,3). The processes take turns in
     batches; an interrupted command goes on where it was when it is given again. Raises InputError when the disk is full."""
-    batch_size, number = pipeline.settings["batch_size"], len(labels)
-    plan = dict(settings=pipeline.settings, seed=args.seed, labels=zlib.crc32(np.array(labels)), weights=pipeline.weights, dtype=args.dtype)
-    size = pipeline.size
+    batch_size, number, size = pipeline.settings["batch_size"], len(labels), pipeline.size
     kinds = 1 if args.out.suffix == ".npz" else bool(pipeline.discrete) + bool(pipeline.continuous)
-    check_space(folder, 2 * kinds * number * size * size * 3, "the samples")  # as they come, and in the final file
-    shared = SharedArrays(folder, plan, {"pictures": (np.uint8, (kinds, number, size, size, 3))},
-                          math.ceil(number / batch_size), processes)
+    layout = {"pictures": (np.uint8, (kinds, number, size, size, 3))}
+    shared = SharedArrays(folder, plan, layout, math.ceil(number / batch_size), processes, extra=kinds * number * size * size * 3)
     if shared.finished:
         processes.say(f"going on after {min(shared.finished * batch_size, number)} of {number} pictures")
     began = time.time()
@@ -199,9 +198,9 @@ def make_pictures(pipeline, labels, args, processes, folder):
         for kind, pictures in enumerate(pipeline.pictures(chunk, generator, args.dtype, only_last=args.out.suffix == ".npz")):
             shared.arrays["pictures"][kind, place] = pictures
         shared.mark(k)
-        left = (len(shared.todo) - turn - 1) * processes.size * batch_size
+        left = min((len(shared.todo) - turn - 1) * processes.size * batch_size, number - batch_size)
         speed = (turn + 1) * processes.size * batch_size / (time.time() - began)
-        processes.say(f"sampled {max(number - left, 0)}/{number}  {speed:.1f} images/s  ETA {clock(left / speed)}")
+        processes.say(f"sampled {number - max(left, 0)}/{number}  {speed:.1f} images/s  ETA {clock(left / speed)}")
     processes.wait()
     return shared.arrays["pictures"]
 
@@ -228,6 +227,22 @@ def draw_grid(kinds, titles, rows):
     return sheet
 
 
+def save_samples(path, pictures, plan):
+    """An .npz as ADM's evaluator wants it, arr_0 and nothing else; what it was made from goes into the zip's comment."""
+    np.savez(path, arr_0=pictures)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.comment = json.dumps(plan).encode()
+
+
+def plan_of(path):
+    """What an .npz was made from by `save_samples`, or None."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return json.loads(archive.comment)
+    except Exception:  # absent, damaged, or somebody else's: to be made anew
+        return None
+
+
 def sample(pipeline, chosen, args, processes):
     """Sample pictures of the chosen classes and save them to args.out, as a grid (.png) or an array (.npz)."""
     if args.out.suffix == ".png":
@@ -235,16 +250,18 @@ def sample(pipeline, chosen, args, processes):
     number = args.num or 3 * len(chosen)
     labels = [chosen[i % len(chosen)] for i in range(number)]
     processes.say(f"{number} pictures: " + ", ".join(f"{name} {value}" for name, value in pipeline.settings.items()))
-    if args.compile and pipeline.continuous:
-        pipeline.continuous.diffloss["net"].compile(dynamic=True)
+    plan = dict(settings=pipeline.settings, seed=args.seed, labels=zlib.crc32(np.array(labels)), weights=pipeline.weights, dtype=args.dtype)
+    if args.out.suffix == ".npz" and plan_of(args.out) == plan:
+        processes.say(f"{args.out} is there already, made by the same command")
+        return
     partial = args.out.with_name(args.out.name + ".partial")
-    made = make_pictures(pipeline, labels, args, processes, partial)
+    made = make_pictures(pipeline, labels, plan, args, processes, partial)
     if processes.rank == 0:
         if args.out.suffix == ".png":
             rows = ["coarse"] * bool(pipeline.discrete) + ["fine"] * bool(pipeline.continuous)
             write_atomically(args.out, draw_grid(made, [pipeline.classes[label] for label in chosen], rows).save)
         else:
-            write_atomically(args.out, lambda temporary: np.savez(temporary, arr_0=made[-1]))
+            write_atomically(args.out, lambda temporary: save_samples(temporary, made[-1], plan))
         shutil.rmtree(partial)
     processes.wait()
 
@@ -275,7 +292,7 @@ def parse(argv):
     add("--cfg1", type=not_negative, help="guidance of stage 1 (1: none)")
     add("--cfg2", type=not_negative, help="guidance of stage 2 (1: none)")
     add("--sweep1", type=numbers, metavar="1.5,2,3", help="an output for each of these values of --cfg1")
-    add("--sweep", type=numbers, metavar="1.5,2,3", help="and of --cfg2: for fid.py to rank")
+    add("--sweep", "--sweep2", type=numbers, metavar="1.5,2,3", help="and of --cfg2: for fid.py to rank")
     add("--temperature1", type=not_negative, help="of stage 1 (0: likeliest code)")
     add("--temperature2", type=not_negative, help="of stage 2: scales the noise of the diffusion steps")
     add("--top-k", type=positive, help="stage 1: keep the k likeliest codes (default: all)")
@@ -327,6 +344,8 @@ def main(argv=None):
             pipeline = Pipeline(args, processes.device)
             chosen = choose_classes(args.classes, pipeline.classes)
             out = prepare_output(args, processes)
+            if args.compile and pipeline.continuous:
+                pipeline.continuous.diffloss["net"].compile(dynamic=True)
             for cfg1 in args.sweep1 or [pipeline.settings["cfg1"]]:
                 for cfg2 in args.sweep or [pipeline.settings["cfg2"]]:
                     pipeline.settings.update(cfg1=cfg1, cfg2=cfg2)

@@ -67,7 +67,7 @@ class Parser(argparse.ArgumentParser):
         except torch.OutOfMemoryError:
             self.error("the device's memory is full: use a smaller --batch-size (in training also --accumulate, --checkpointing)")
         except KeyboardInterrupt:
-            self.exit(130, "interrupted\n")
+            self.exit(130, "interrupted; the same command again goes on where it can\n")
         except RuntimeError as error:
             if not (dist.is_initialized() and "peer" in str(error)):
                 raise
@@ -112,8 +112,9 @@ def write_atomically(path, write):
         raise InputError(f"{path}: cannot be written ({error}); free space or choose another --out") from error
 
 
-def read_checkpoint(path):
-    """The dict in a torch file, on the CPU, without running any code from it.
+def read_checkpoint(path, mmap=True):
+    """The dict in a torch file, on the CPU, without running any code from it. With `mmap` a tensor is read when it is used,
+    and the file stays open as long as one is: right for what is copied elsewhere.
 
     Raises InputError for a file that is missing, truncated, damaged, no torch file, or wants to unpickle arbitrary objects
     (an argparse Namespace, which training scripts like to store, is the one harmless exception).
@@ -127,7 +128,7 @@ def read_checkpoint(path):
                 if record := archive.testzip():  # torch itself does not look at the checksums it writes
                     raise ValueError(f"the checksum of {record} is wrong")
         with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)  # mapped: read where it is used
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipped)
     except Exception as error:  # a damaged file can fail in any layer of zip and pickle
         reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
         raise InputError(f"{path}: not a readable checkpoint ({reason}); it may be truncated or of another kind") from error
@@ -236,22 +237,25 @@ class SharedArrays:
 
     folder/NAME.npy as `layout` says, {name: (dtype, shape)}; plan.json, what they are made from; done.npy, a flag per batch.
     With the same plan the work goes on where it was, with another it starts again: `todo` are the batches left to this
-    process. Raises InputError when the disk has no room; all of it is taken at once, for a full disk under a memory map
-    kills the process.
+    process. Raises InputError when the disk has no room for them and `extra` bytes; all of it is taken at once, for a full
+    disk under a memory map kills the process.
     """
 
-    def __init__(self, folder, plan, layout, batches, processes):
+    def __init__(self, folder, plan, layout, batches, processes, extra=0):
         if not processes.one_node:
             raise InputError(f"{folder}: its processes must share files, so they must run on one node")
         layout = layout | {"done": (np.bool_, (batches,))}
         folder, plan = Path(folder), json.dumps(plan, indent=1)
         if processes.rank == 0:
             try:
-                if not (folder / "plan.json").exists() or (folder / "plan.json").read_text() != plan:
+                before = (folder / "plan.json").read_bytes() if (folder / "plan.json").exists() else None
+                if before != plan.encode():
+                    if before:
+                        processes.say(f"{folder}: was begun with other settings or data; starting again")
                     for name in ("plan.json", *(f"{name}.npy" for name in layout)):
                         (folder / name).unlink(missing_ok=True)
                     size = sum(math.prod(shape) * np.dtype(dtype).itemsize for dtype, shape in layout.values())
-                    check_space(folder, size, "its arrays")
+                    check_space(folder, size + extra, "its arrays" if not extra else "the samples, as they come and as one file,")
                     folder.mkdir(parents=True, exist_ok=True)
                     for name, (dtype, shape) in layout.items():
                         np.lib.format.open_memmap(folder / f"{name}.npy", "w+", dtype, shape)
@@ -372,7 +376,7 @@ class ImageFolder(Dataset):
             print(f"warning: --data {root}: class folders without images ({', '.join(empty[:3])}{', ...' * (len(empty) > 3)}; "
                   f"{len(empty)} in all); their class ids stay unused")
         names = "\n".join(str(path.relative_to(root)) for path, _ in self.files)
-        self.fingerprint = f"{zlib.crc32(names.encode()):08x}"
+        self.fingerprint = f"{zlib.crc32(os.fsencode(names)):08x}"
 
     def __len__(self):
         return len(self.files)
@@ -883,12 +887,16 @@ def measure_scale(kl, images, device, seed=0):
     total = torch.zeros(3, dtype=torch.float64)  # count, sum, sum of squares
     generator = torch.Generator().manual_seed(seed)
     for pictures, labels in batches(chosen, 64, 0, range(math.ceil(len(chosen) / 64))):
+        if (labels < 0).all():
+            continue
         moments = kl.encode(to_float(pictures[labels >= 0].to(device))).cpu()
         noise = torch.randn(moments.chunk(2, 1)[0].shape, generator=generator)
         latents = kl.sample(moments, noise).double()
         total += torch.stack([torch.tensor(latents.numel()), latents.sum(), latents.square().sum()])
     mean = total[1] / total[0]
     scale = float((total[2] / total[0] - mean**2).rsqrt())
+    if not total[0]:
+        raise InputError("--data: no picture can be read")
     if not math.isfinite(scale):
         raise InputError("the KL tokenizer's latents are constant or not finite: train it longer, or check --kl")
     return scale
@@ -914,7 +922,7 @@ def encode_images(images, vq, kl, folder, run, processes, batch_size=64, workers
     picture of class -1 (see ImageFolder) keeps its row, and meta.json its name. Raises InputError when the grids of the two
     tokenizers differ or the folder cannot be written.
     """
-    folder, device, size = Path(folder), processes.device, images[0][0].shape[0]
+    folder, device, size = Path(folder), processes.device, images.size
     probe = torch.zeros(1, 3, size, size, device=device)
     code_grid, latent_grid = vq.encode(probe).shape[1:], kl.encode(probe).shape[2:]
     if code_grid != latent_grid:
@@ -930,14 +938,13 @@ def encode_images(images, vq, kl, folder, run, processes, batch_size=64, workers
               "labels": (np.int64, (number,))}
     shared = SharedArrays(folder, plan | {"batch_size": batch_size}, layout, math.ceil(number / batch_size), processes)
     if shared.finished:
-        processes.say(f"encoding  goes on after {shared.finished * batch_size} of {number} pictures")
+        processes.say(f"encoding  goes on after {min(shared.finished * batch_size, number)} of {number} pictures")
     began = said = time.time()
     for turn, (k, (pictures, labels)) in enumerate(zip(shared.todo, batches(images, batch_size, workers, shared.todo))):
         place = slice(k * batch_size, k * batch_size + len(labels))
         shared.arrays["labels"][place] = labels.numpy()
-        for mirrored in (0, 1):
-            x = to_float(pictures.to(device))
-            x = x.flip(3) if mirrored else x
+        x = to_float(pictures.to(device))
+        for mirrored, x in enumerate((x, x.flip(3))):
             shared.arrays["codes"][mirrored, place] = vq.encode(x).flatten(1).cpu().numpy()
             shared.arrays["moments"][mirrored, place] = to_tokens(kl.encode(x)).float().cpu().numpy()
         shared.mark(k)
@@ -963,8 +970,8 @@ class TokenCache:
     """The encoded data set, memory-mapped: codes (2,N,n), moments (2,N,n,2C), labels (N,), -1 where a picture was skipped,
     and `meta` as a dict.
 
-    Raises InputError when the cache is unfinished or its files do not fit its meta.json; with `verify` every byte is read
-    and must give the checksum (43 GB in less than a minute)."""
+    Raises InputError when the cache is unfinished or its meta.json damaged; with `verify` every byte of the arrays is read
+    and must give the checksum, too (43 GB in about a minute)."""
 
     def __init__(self, folder, verify=False):
         self.folder = folder = Path(folder)

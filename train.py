@@ -232,23 +232,27 @@ def fit(stage, model, train, validation, defaults, run, extra, args, processes, 
     optimizer = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.95), fused=device.type == "cuda")
     start, log = 0, []
     if path.exists():
-        file = read_checkpoint(path)
+        file = read_checkpoint(path, mmap=device.type != "cpu")  # on the CPU the optimizer keeps the tensors it is given
         run = check_run(path, file.get("run"), run)
         try:
             model.load_state_dict(file["model"])
             average.module.load_state_dict(file["ema"])
             optimizer.load_state_dict(file["optimizer"])
-            start, log = file["step"], file["log"]
-        except (KeyError, RuntimeError, ValueError) as error:
+            start, log = int(file["step"]), list(file["log"])
+        except (KeyError, TypeError, RuntimeError, ValueError) as error:
             raise InputError(f"{path}: does not fit this stage ({str(error)[:300]})") from error
         del file
+    if len(set(processes.gather(torch.tensor([start], device=device)).tolist())) > 1:
+        raise InputError(f"{path}: is not the same for all processes; --out must lie on storage that all nodes share")
+    if start:
         if start >= steps:
             processes.say(f"stage {stage}: finished ({start} steps); a larger --steps continues")
             return average.module
         processes.say(f"stage {stage}: resuming {path} at step {start} of {steps}")
 
     size = 4 * sum(value.numel() * value.element_size() for value in model.state_dict().values())  # weights, average, two moments
-    check_space(path.parent, size if path.exists() else 2 * size, "its checkpoints")  # the new one is whole before the old goes
+    if processes.rank == 0:  # a new checkpoint is whole before the old one goes
+        check_space(path.parent, size if path.exists() else 2 * size, "its checkpoints")
 
     def save(step):
         if processes.rank == 0:
@@ -398,10 +402,15 @@ def retrain_wanted(args):
 def make_tokenizers(args, preset, images, run, processes):
     """(VQTokenizer, KLTokenizer) of the run: those it has, published ones (--vq, --kl), or trained here; in tokenizers.pt."""
     path, device = Path(args.out) / "tokenizers.pt", processes.device
-    if path.exists() and not retrain_wanted(args):
+    there, retrain = path.exists(), retrain_wanted(args)
+    processes.wait()  # all look before one of them changes what there is
+    if there and not retrain:
         vq, kl, _, before = load_tokenizers(path, device)
-        check_run(path, before, run)
+        run.update(check_run(path, before, run))
         return vq, kl
+    if processes.rank == 0:  # from here on the old ones count no longer, nor a cache that they made; stage0.pt has their weights
+        (Path(args.out) / "tokens" / "meta.json").unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
     if args.vq:
         vq = load_published(VQTokenizer.from_published, args.vq).to(device).eval()
         kl = load_published(KLTokenizer.from_published, args.kl).to(device).eval()
@@ -421,7 +430,6 @@ def make_tokenizers(args, preset, images, run, processes):
     if args.kl and abs(kl.scale / KL16_SCALE - 1) < 0.05:
         kl.scale = KL16_SCALE  # KL-16 on something like ImageNet: keep what MAR's weights were trained on, to the digit
     if processes.rank == 0:
-        (Path(args.out) / "tokens" / "meta.json").unlink(missing_ok=True)  # a cache of other tokenizers counts no longer
         save_tokenizers(path, vq, kl, preset["size"], run)
     processes.wait()
     return vq, kl
@@ -536,7 +544,7 @@ def parse(argv):
     add("--batch-size", type=positive, help="pictures per step, over all processes; the default rate scales with it")
     add("--accumulate", type=positive, default=1, help="split each process's share of a step into so many parts")
     add("--lr", type=not_negative, help="peak learning rate")
-    add("--fusion-lr", type=not_negative, default=1.0, help="stage 2: the learning rate of the fusion is so many times the rate")
+    add("--fusion-lr", type=not_negative, default=1.0, help="stage 2: what MAR does not have learns so many times as fast")
     add("--code-noise", type=not_negative, default=0.0, help="stage 2: share of codes replaced by random ones")
     add("--checkpointing", action="store_true", help="recompute activations: less memory, about a third slower")
     add("--workers", type=int, help="processes that read data (default 4 on CUDA, else 0)")

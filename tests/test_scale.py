@@ -102,6 +102,26 @@ def test_sampling_goes_on_where_it_was_cut_off(finished, tmp_path, monkeypatch, 
     assert made == [8] * 6 and "going on after 16 of 40 pictures" in capsys.readouterr().out
     assert (tmp_path / "cut.npz").read_bytes() == (tmp_path / "whole.npz").read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cut.npz", "whole.npz"]
+    sample.main(command)
+    assert made == [8] * 6 and "cut.npz is there already" in capsys.readouterr().out
+
+
+def test_retraining_the_tokenizers_survives_a_kill(finished, stage0, tmp_path, monkeypatch, capsys):
+    """Cut off after stage0.pt was saved, before tokenizers.pt: the same command ends as if nothing had been."""
+    shutil.copytree(finished, tmp_path / "run", ignore=shutil.ignore_patterns("stage1*", "stage2*"))
+    command = [*stage0, "--steps", "33"]
+
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "measure_scale", stop)
+        with pytest.raises(SystemExit):
+            train.main(command)
+    train.main(command)
+    assert load(tmp_path / "run" / "stage0.pt")["step"] == 33
+    cache = TokenCache(tmp_path / "run" / "tokens", verify=True)
+    assert cache.meta["tokenizers"] != TokenCache(finished / "tokens").meta["tokenizers"]
 
 
 def test_other_settings_start_sampling_anew(finished, tmp_path, monkeypatch):
@@ -147,7 +167,7 @@ def test_disk_space_is_checked_before_the_work(run, stage0, monkeypatch, capsys)
     monkeypatch.setattr(tokenizers.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     before = contents(run)
     refused(train.main, [*stage0[:-4], "--stage", "1", "--steps", "40"], capsys, run, "checkpoints need", "GB are free")
-    refused(sample.main, ["--run", run, "--num", "50", "--out", run / "s.npz"], capsys, "s.npz", "samples need")
+    refused(sample.main, ["--run", run, "--num", "50", "--out", run / "s.npz"], capsys, "s.npz", "samples, as they come and as one file, need")
     assert contents(run) == before
     shutil.rmtree(run / "tokens")
     refused(train.main, stage0, capsys, run / "tokens", "free space")
