@@ -146,8 +146,8 @@ def kills(folder):
 
     def commands(name):
         training = ["train", "--preset", "tiny", "--data", folder / "shapes.npz", "--out", folder / name, "--save-every", "10",
-                    "--steps", "300"]
-        return training, ["sample", "--run", folder / name, "--num", "5000", "--out", folder / f"{name}.npz"]
+                    "--steps", "600"]
+        return training, ["sample", "--run", folder / name, "--num", "20000", "--out", folder / f"{name}.npz"]
 
     def start(command, **more):
         return subprocess.Popen([sys.executable, "-u", str(Path(tiny.__file__)), *map(str, command)], stdout=subprocess.PIPE,
@@ -166,7 +166,7 @@ def kills(folder):
                     resumed = line.strip().replace(str(folder), "...")
                 if line.startswith(phase) or phase == "encoding" and (folder / "killed" / "tokens" / "plan.json").exists():
                     break
-            time.sleep(rng.uniform(0, 0.6 if "step" in phase else 4))
+            time.sleep(rng.uniform(0, 0.6 if "step" in phase else 3))
             process.kill()
             process.communicate()
             count += 1
