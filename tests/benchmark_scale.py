@@ -1,6 +1,7 @@
 """ImageNet-256 at full model size on stand-in data, and how hard the scripts are to hurt.
 
     python tests/benchmark_scale.py full      # preset B, stages 0, 1, 2 and sampling, from weight files in the published form
+    python tests/benchmark_scale.py costs     # parameters, FLOPs and GPU-hours of presets B, L and H
     python tests/benchmark_scale.py loader    # what stage 2 of preset B eats on a big GPU, and what the loader delivers
     python tests/benchmark_scale.py kills     # SIGKILL at 30 random moments, then compare with an undisturbed run
     python tests/benchmark_scale.py fuzz      # 300 damaged or foreign inputs; each must end in one clear line
@@ -39,6 +40,49 @@ import tokenizers  # noqa: E402
 import train  # noqa: E402
 from formula import published_file  # noqa: E402
 
+# Sizes and costs -----------------------------------------------------------------------------------------------------
+
+
+USABLE = 0.4 * 989e12  # FLOP/s: 40 % of the bf16 rate on the data sheet of an H100 or H200
+
+
+def stage2_config(preset, fusion):
+    return d2c.ContinuousConfig(num_classes=1000, grid=(16, 16), codebook_size=16384, channels=16, fusion=fusion,
+                                **d2c.PRESETS[preset]["stage2"])
+
+
+def stage1_flops(preset):
+    """(parameters, FLOPs of a training step on one picture), counted on the meta device."""
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        model = d2c.DiscreteGenerator(d2c.DiscreteConfig(**d2c.PRESETS[preset]["stage1"]))
+        model(torch.zeros(1, 256, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)).backward()
+    return sum(p.numel() for p in model.parameters()), counter.get_total_flops()
+
+
+def stage2_flops(preset, fusion):
+    """(parameters that MAR has, parameters that fusion adds, FLOPs of a training step on one picture)."""
+    hidden = math.ceil(256 * 0.85)  # about the mean of MAR's distribution
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        model, places = d2c.ContinuousGenerator(stage2_config(preset, fusion)), torch.zeros(1, 256, dtype=torch.int64)
+        model(torch.zeros(1, 256, 16), places[:, hidden:], places[:, :hidden], places[:, 0], places,
+              torch.zeros(1, hidden, 4, dtype=torch.int64), torch.zeros(1, hidden, 4, 16)).backward()
+    added = sum(p.numel() for name, p in model.named_parameters() if name.startswith(model.ADDED))
+    return sum(p.numel() for p in model.parameters()) - added, added, counter.get_total_flops()
+
+
+def costs(folder):
+    def hours(flops, epochs):
+        return flops * 1_281_167 * epochs / USABLE / 3600
+
+    for preset in "BLH":
+        parameters, flops = stage1_flops(preset)
+        print(f"preset {preset}: stage 1 {parameters / 1e6:.1f} M, {flops / 1e9:.0f} GFLOP per picture, {hours(flops, 300):.0f} GPU-hours")
+        for fusion in ("none", "cross", "qformer"):
+            parameters, added, flops = stage2_flops(preset, fusion)
+            print(f"    stage 2, {fusion:8} {parameters / 1e6:.1f} M + {added / 1e6:.1f} M of fusion, {flops / 1e9:.0f} GFLOP per picture, "
+                  f"{hours(flops, 800):.0f} GPU-hours")
+
+
 # Full size -----------------------------------------------------------------------------------------------------------
 
 
@@ -66,15 +110,6 @@ def full(folder):
     def script(name, *arguments):  # in a process of its own, as a user starts it
         subprocess.run([sys.executable, str(Path(__file__).parent.parent / f"{name}.py"), *map(str, arguments)], check=True)
 
-    for preset in "BLH":
-        with torch.device("meta"):
-            common = dict(num_classes=1000, grid=(16, 16), codebook_size=16384)
-            first = d2c.DiscreteGenerator(d2c.DiscreteConfig(**common, **d2c.PRESETS[preset]["stage1"]))
-            second = d2c.ContinuousGenerator(d2c.ContinuousConfig(**common, channels=16, fusion="qformer",
-                                                                  **d2c.PRESETS[preset]["stage2"]))
-        added = sum(p.numel() for name, p in second.named_parameters() if name.startswith(second.ADDED))
-        print(f"preset {preset}: stage 1 {sum(p.numel() for p in first.parameters()) / 1e6:.1f} M, stage 2 "
-              f"{(sum(p.numel() for p in second.parameters()) - added) / 1e6:.1f} M + {added / 1e6:.1f} M of fusion (Q-Former)")
     images = tokenizers.ImageFolder(stand_in_images(folder / "thousand", 1000), 256)
     assert len(images) == len(images.classes) == 1000
     for pictures, labels in tokenizers.batches(images, 50, 2, range(20)):
@@ -102,17 +137,9 @@ def full(folder):
 
 
 def loader(folder, count=4096, batch=128):
-    config = d2c.ContinuousConfig(num_classes=1000, grid=(16, 16), codebook_size=16384, channels=16, fusion="qformer",
-                                  **d2c.PRESETS["B"]["stage2"])
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        hidden = math.ceil(256 * 0.85)  # about the mean of MAR's distribution
-        places = torch.zeros(1, 256, dtype=torch.int64)
-        d2c.ContinuousGenerator(config)(torch.zeros(1, 256, 16), places[:, hidden:], places[:, :hidden], places[:, 0], places,
-                                        torch.zeros(1, hidden, 4, dtype=torch.int64), torch.zeros(1, hidden, 4, 16)).backward()
-    flops = counter.get_total_flops()
-    needed = 0.4 * 989e12 / flops
-    print(f"stage 2 of preset B: {flops / 1e9:.0f} GFLOP per image (forward and backward), so at 40 % of 989 TFLOP/s (the "
-          f"data sheet's bf16 rate of an H100 or H200) {needed:.0f} images/s")
+    config, (_, _, flops) = stage2_config("B", "qformer"), stage2_flops("B", "qformer")
+    needed = USABLE / flops
+    print(f"stage 2 of preset B: {flops / 1e9:.0f} GFLOP per picture, so at 40 % of 989 TFLOP/s {needed:.0f} pictures/s")
     tokens = folder / "tokens"
     tokens.mkdir(parents=True)
     rng = np.random.default_rng(0)
@@ -339,13 +366,13 @@ def fuzz(folder, count=300):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("what", choices=("full", "loader", "kills", "fuzz"))
+    parser.add_argument("what", choices=("costs", "full", "loader", "kills", "fuzz"))
     parser.add_argument("--folder", default="runs/scale", help="works in FOLDER/WHAT, which is emptied first")
     args = parser.parse_args()
     folder = Path(args.folder).resolve() / args.what
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    {"full": full, "loader": loader, "kills": kills, "fuzz": fuzz}[args.what](folder)
+    {"costs": costs, "full": full, "loader": loader, "kills": kills, "fuzz": fuzz}[args.what](folder)
 
 
 if __name__ == "__main__":
