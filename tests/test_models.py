@@ -7,7 +7,6 @@ import torch
 import adapters
 import d2c
 import fusion
-from tokenizers import to_tokens
 
 KINDS = ["cross", "qformer", "aligned"]
 SIZES = dict(channels=4, num_classes=10, grid=(4, 4), width=32, encoder_depth=1, decoder_depth=1, num_heads=2, buffer_size=3,
