@@ -39,7 +39,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from fusion import Block, init_linear, layer_norm, make_fusion, zero
+from fusion import Block, init_linear, layer_norm, make_fusion, pick, zero
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Stage 1: the discrete generator
@@ -79,26 +79,38 @@ def rotate(x, table):
     return torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2).to(x.dtype)    # (B,heads,T,head_dim)
 
 
+class Linear(nn.Linear):
+    """A linear layer without bias. One token of a few pictures against a large matrix is a matter of reading the matrix, and
+    the CPU's library reads it two to four times as fast where it is the left factor."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__(inputs, outputs, bias=False)
+
+    def forward(self, x):
+        if x.device.type == "cpu" and x.shape[:-1].numel() <= 4:
+            return (self.weight @ x.flatten(0, -2).T).T.unflatten(0, x.shape[:-1])            # (...,outputs)
+        return super().forward(x)
+
+
 class CausalAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.num_heads, self.dropout = config.num_heads, config.dropout
-        self.wqkv = nn.Linear(config.width, 3 * config.width, bias=False)
-        self.wo = nn.Linear(config.width, config.width, bias=False)
+        self.wqkv = Linear(config.width, 3 * config.width)
+        self.wo = Linear(config.width, config.width)
 
-    def forward(self, x, table, cache=None, position=None):
-        """x (B,T,D). Without `cache` all T tokens attend causally. With it, x is the one token at `position` (a tensor
-        of one element), and `cache` (2,B,heads,N,head_dim) holds the keys and values of all before."""
-        q, k, v = (part.unflatten(2, (self.num_heads, -1)).transpose(1, 2)                    # (B,heads,T,head_dim)
-                   for part in self.wqkv(x).chunk(3, dim=-1))
-        q, k = rotate(q, table), rotate(k, table)
+    def forward(self, x, table, cache=None, position=None, past=None):
+        """x (B,T,D). Without `cache` all T tokens attend causally. With it, x is the one token at `position` (a tensor of one
+        element), `cache` the keys and values of all before, (B,heads,N,head_dim) each, and `past` (1,N) says which are filled."""
+        qkv = self.wqkv(x).unflatten(2, (3 * self.num_heads, -1)).transpose(1, 2)             # (B,3*heads,T,head_dim)
+        qk, v = qkv.split([2 * self.num_heads, self.num_heads], dim=1)
+        q, k = rotate(qk, table).chunk(2, dim=1)                                              # (B,heads,T,head_dim)
         if cache is None:
             x = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         else:
             keys, values = cache
             keys.index_copy_(2, position, k)
             values.index_copy_(2, position, v)
-            past = (torch.arange(keys.shape[2], device=x.device) <= position)[None]           # (1,N)
             x = F.scaled_dot_product_attention(q, keys, values, attn_mask=past)
         x = self.wo(x.transpose(1, 2).flatten(2))                                             # (B,T,D)
         return F.dropout(x, self.dropout, self.training)
@@ -111,9 +123,9 @@ class SwiGLU(nn.Module):
         super().__init__()
         hidden = -(-int(8 * config.width / 3) // 256) * 256
         self.dropout = config.dropout
-        self.w1 = nn.Linear(config.width, hidden, bias=False)
-        self.w3 = nn.Linear(config.width, hidden, bias=False)
-        self.w2 = nn.Linear(hidden, config.width, bias=False)
+        self.w1 = Linear(config.width, hidden)
+        self.w3 = Linear(config.width, hidden)
+        self.w2 = Linear(hidden, config.width)
 
     def forward(self, x):
         return F.dropout(self.w2(F.silu(self.w1(x)) * self.w3(x)), self.dropout, self.training)
@@ -127,8 +139,8 @@ class DiscreteBlock(nn.Module):
         self.ffn_norm = nn.RMSNorm(config.width, eps=1e-5)
         self.feed_forward = SwiGLU(config)
 
-    def forward(self, x, table, cache=None, position=None):
-        x = x + self.attention(self.attention_norm(x), table, cache, position)
+    def forward(self, x, *where):
+        x = x + self.attention(self.attention_norm(x), *where)
         return x + self.feed_forward(self.ffn_norm(x))
 
 
@@ -144,7 +156,7 @@ class DiscreteGenerator(nn.Module):
         self.tok_embeddings = nn.Embedding(config.codebook_size, config.width)
         self.layers = nn.ModuleList(DiscreteBlock(config) for _ in range(config.depth))
         self.norm = nn.RMSNorm(config.width, eps=1e-5)
-        self.output = nn.Linear(config.width, config.codebook_size, bias=False)
+        self.output = Linear(config.width, config.codebook_size)
         self.register_buffer("rotary", rotary_table(config.grid, config.width // config.num_heads), persistent=False)
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -185,9 +197,11 @@ class DiscreteGenerator(nn.Module):
         return F.cross_entropy(self.logits(codes, labels).flatten(0, 1), codes.flatten())
 
     def decode_one(self, x, position, cache):
-        """The embedded token x (B,1,D) at `position` (1,) -> logits (B,K) of the next code; extends the cache."""
+        """The embedded token x (B,1,D) at `position` (1,) -> logits (B,K) of the next code; extends the cache, per layer
+        keys and values (B,heads,N,head_dim)."""
+        past = (torch.arange(cache[0][0].shape[2], device=x.device) <= position)[None]        # (1,N)
         for layer, layer_cache in zip(self.layers, cache):
-            x = layer(x, self.rotary[position], layer_cache, position)
+            x = layer(x, self.rotary[position], layer_cache, position, past)
         return self.output(self.norm(x))[:, 0]                                                # (B,K)
 
     @torch.no_grad()
@@ -199,17 +213,20 @@ class DiscreteGenerator(nn.Module):
         """
         guided, batch, device = cfg_scale != 1, len(labels), labels.device
         number = math.prod(self.config.grid)
+        quarter = -(-number // 4)
         if guided:
             labels = torch.cat([labels, torch.full_like(labels, -1)])                         # (2B,)
         dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else self.output.weight.dtype
         head_dim = self.config.width // self.config.num_heads
-        cache = torch.zeros(self.config.depth, 2, len(labels), self.config.num_heads, number, head_dim,
-                            device=device, dtype=dtype)
+        cache = [torch.zeros(2, len(labels), self.config.num_heads, number, head_dim, device=device, dtype=dtype).unbind()
+                 for _ in self.layers]
         positions = torch.arange(number, device=device)
         codes = torch.empty(batch, number, dtype=torch.int64, device=device)
         x = self.embed_labels(labels)                                                         # (B or 2B,1,D)
         for i in range(number):
-            logits = self.decode_one(x, positions[i:i + 1], cache).float()                    # (B or 2B,K)
+            if i % quarter == 0:  # attention reads no more of the cache than it must, in four sizes
+                part = [(keys[:, :, :i + quarter], values[:, :, :i + quarter]) for keys, values in cache]
+            logits = self.decode_one(x, positions[i:i + 1], part).float()                     # (B or 2B,K)
             if guided:
                 cond, uncond = logits.chunk(2)                                                # (B,K) each
                 logits = uncond + cfg_scale * (cond - uncond) if cfg_interval < 0 or i <= cfg_interval + 1 else cond
@@ -231,7 +248,9 @@ def sample_code(logits, temperature, top_k, top_p, generator):
         ordered, index = logits.softmax(-1).sort(descending=True)                             # (B,K)
         beyond = ordered.cumsum(-1) - ordered > top_p  # what came before is enough without this one
         logits = logits.masked_fill(beyond.scatter(1, index, beyond), -math.inf)
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+    # What torch.multinomial does, without its check of the probabilities, for which the CPU would wait for the GPU at every code.
+    probabilities = logits.softmax(-1)                                                        # (B,K)
+    return (probabilities / torch.empty_like(probabilities).exponential_(generator=generator)).argmax(-1)
 
 
 def count_blocks(state, name):
@@ -255,7 +274,7 @@ def run_block(block, x, *others, checkpointing):
 
 
 @torch.compiler.disable  # traced, its float64 arithmetic would come out in float32
-@functools.lru_cache(maxsize=32)
+@functools.lru_cache(maxsize=256)
 def diffusion_schedule(steps=1000, device=torch.device("cpu"), dtype=torch.float32):
     """Tables over the `steps` kept of 1000 noise levels (index 0: least noise), computed in float64.
 
@@ -315,7 +334,10 @@ class DenoiserOutput(nn.Module):
 
 
 class Denoiser(nn.Module):
-    """(x (M,C), t (M,), z (M,D)) -> (M,2C): the noise eps in x, and where the variance lies between its two bounds."""
+    """(x (M,C), t (M,) or (1,), z (M,D)) -> (M,2C): the noise eps in x, and where the variance lies between its two bounds.
+
+    Loops call the two halves: `cond_embed(z)` once, `denoise` for each of many noise levels.
+    """
 
     def __init__(self, channels, width, depth, z_width):
         super().__init__()
@@ -339,7 +361,11 @@ class Denoiser(nn.Module):
         return model
 
     def forward(self, x, t, z):
-        y = self.time_embed["mlp"](timestep_embedding(t).to(x.dtype)) + self.cond_embed(z)    # (M,width)
+        return self.denoise(x, t, self.cond_embed(z))
+
+    def denoise(self, x, t, c):
+        """The same, given c = cond_embed(z) (M,width)."""
+        y = self.time_embed["mlp"](timestep_embedding(t).to(x.dtype)) + c                     # (M,width)
         x = self.input_proj(x)                                                                # (M,width)
         for block in self.res_blocks:
             x = block(x, y)
@@ -387,29 +413,36 @@ def discretised_nll(x, mean, log_std):
     return -inside.clamp(min=1e-12).log()
 
 
+def denoising_step(denoiser, x, z, noise, tables, index, temperature, cfg_scale, clip):
+    """x (M,C) at the noise level of table index `index` -> x (M,C) at the next lower one. noise (M,C); the rest as in
+    diffusion_sample. `index` (1,) is a tensor so that one compiled graph serves all steps, and tables stay on the device."""
+    guided = len(z) != len(x)
+    with torch.autocast(x.device.type, enabled=False):  # the first step multiplies errors of eps by 300: no bf16 here
+        eps, fraction = denoiser(torch.cat([x, x]) if guided else x, tables["timesteps"][index], z).chunk(2, dim=-1)  # (M or 2M,C)
+    if guided:
+        cond, uncond = eps.chunk(2)                                                           # (M,C) each
+        eps, fraction = uncond + cfg_scale * (cond - uncond), fraction[:len(x)]
+    mean, log_variance = posterior_step(x, eps, fraction, tables, index, clip)
+    return mean + (0.5 * log_variance).exp() * noise * temperature * (index > 0)  # none is added after the last step
+
+
 @torch.no_grad()
-def diffusion_sample(denoiser, z, noise, temperature=1.0, cfg_scale=1.0, steps=100, clip=math.inf):
+def diffusion_sample(denoiser, z, noise, temperature=1.0, cfg_scale=1.0, steps=100, clip=math.inf, step=denoising_step):
     """Ancestral sampling of one latent per condition: (M,C).
 
+    denoiser(x (M,C), t (1,), z) -> (M,2C).
     noise: an iterable of (M,C) draws, first the start, then one per step (the last is drawn and not used, as in MAR).
     With guidance z is [cond; uncond] of 2M rows, eps = uncond + cfg_scale (cond - uncond), and the variance is the
     conditional half's. temperature scales the noise of every step. clip bounds the estimate of x0: the cosine schedule's
     first step divides by 5e-5, where a network of few training steps would throw x far off (MAR does not clip).
+    step: denoising_step, or a compiled one.
     """
     noise = iter(noise)
     x = next(noise)                                                                           # (M,C)
     tables = diffusion_schedule(steps, x.device, x.dtype)
-    guided = len(z) != len(x)
-    for i in reversed(range(steps)):
-        t = tables["timesteps"][i].expand(len(z))
-        with torch.autocast(x.device.type, enabled=False):  # the first step multiplies errors of eps by 300: no bf16 here
-            eps, fraction = denoiser(torch.cat([x, x]) if guided else x, t, z.to(x.dtype)).chunk(2, dim=-1)   # (M or 2M,C)
-        if guided:
-            cond, uncond = eps.chunk(2)                                                       # (M,C) each
-            eps, fraction = uncond + cfg_scale * (cond - uncond), fraction[:len(x)]
-        mean, log_variance = posterior_step(x, eps, fraction, tables, i, clip)
+    for index in torch.arange(steps, device=x.device).flip(0).split(1):
         step_noise = next(noise)[:len(x)]  # MAR draws for both halves of a guided batch and uses the first
-        x = mean + (0.5 * log_variance).exp() * step_noise * temperature if i > 0 else mean
+        x = step(denoiser, x, z, step_noise, tables, index, temperature, cfg_scale, clip)
     return x
 
 
@@ -451,6 +484,8 @@ class ContinuousGenerator(nn.Module):
     """
 
     checkpointing = False  # recompute the blocks in the backward pass: a third more time, far less memory
+
+    denoising_step = staticmethod(denoising_step)  # compile_sampling puts a compiled one in its place
 
     ADDED = ("fusion.", "code_embedding.", "null_code", "guess.")  # the parameters that MAR does not have
 
@@ -545,33 +580,35 @@ class ContinuousGenerator(nn.Module):
         discrete = torch.where((codes >= 0)[..., None], discrete, self.null_code)
         return self.fusion.prepare(discrete + self.decoder_pos_embed_learned[:, self.config.buffer_size:])
 
-    def condition(self, latents, visible, labels, context=None):
-        """The condition z (B,N,D) of every place, from the latents (B,N,C) at the places `visible` (B,V), the labels (B,),
-        -1 for no class, and the prepared codes."""
-        batch, buffer = len(latents), self.config.buffer_size
-
-        def at_visible(x):                                                                    # (B or 1,N,*) -> (B,V,*)
-            return x.expand(batch, -1, -1).gather(1, visible[..., None].expand(-1, -1, x.shape[-1]))
+    def condition(self, latents, visible, labels, context=None, wanted=None):
+        """The condition z (B,R,D) of the places `wanted` (B,R), all N unless given, from the latents (B,N,C) at the places
+        `visible` (B,V), the labels (B,), -1 for no class, and the prepared codes."""
+        (batch, number), buffer = latents.shape[:2], self.config.buffer_size
+        if wanted is None:
+            wanted = torch.arange(number, device=latents.device).expand(batch, -1)                          # (B,N)
 
         # Encoder: S slots that all hold the class, then the visible tokens, each with its position.
         label = torch.where(labels[:, None] >= 0, self.class_emb(labels.clamp(min=0)), self.fake_latent)   # (B,D)
         positions = self.encoder_pos_embed_learned
         x = torch.cat([label[:, None] + positions[:, :buffer],
-                       self.z_proj(at_visible(latents)) + at_visible(positions[:, buffer:])], 1)           # (B,S+V,D)
+                       self.z_proj(pick(latents, visible)) + pick(positions[:, buffer:], visible)], 1)     # (B,S+V,D)
         x = self.z_proj_ln(x)
         for block in self.encoder_blocks:
             x = run_block(block, x, checkpointing=self.checkpointing)
         x = self.decoder_embed(self.encoder_norm(x))
 
-        # Decoder: the same tokens back in their places, mask tokens elsewhere; here the codes come in.
-        tokens = self.mask_token.to(x.dtype).expand(batch, latents.shape[1], -1)                            # (B,N,D)
+        # Decoder: the same tokens back in their places, mask tokens elsewhere; here the codes come in. Attention needs all
+        # slots to the end, but the last block's output only where it is wanted.
+        tokens = self.mask_token.to(x.dtype).expand(batch, number, -1)                                      # (B,N,D)
         tokens = tokens.scatter(1, visible[..., None].expand(-1, -1, x.shape[-1]), x[:, buffer:])
         x = torch.cat([x[:, :buffer], tokens], 1) + self.decoder_pos_embed_learned                          # (B,S+N,D)
         if context is not None:
             x = self.fusion(x, context)
-        for block in self.decoder_blocks:
+        *blocks, last = self.decoder_blocks
+        for block in blocks:
             x = run_block(block, x, checkpointing=self.checkpointing)
-        return self.decoder_norm(x)[:, buffer:] + self.diffusion_pos_embed_learned                          # (B,N,D)
+        x = run_block(last, x, None, buffer + wanted, checkpointing=self.checkpointing)                     # (B,R,D)
+        return self.decoder_norm(x) + pick(self.diffusion_pos_embed_learned, wanted)                        # (B,R,D)
 
     def forward(self, latents, visible, hidden, labels, codes, t, noise):
         """Training loss, a scalar: the diffusion loss of the hidden places, each at R noise levels, and the guess's error.
@@ -579,32 +616,29 @@ class ContinuousGenerator(nn.Module):
         latents (B,N,C); visible (B,V) and hidden (B,K) places, V + K = N; labels (B,), codes (B,N), -1 where dropped;
         t (B,K,R) in 0..999; noise (B,K,R,C) standard normal.
         """
-        z = self.condition(latents, visible, labels, self.prepare(codes))                     # (B,N,D)
-
-        def at_hidden(x):                                                                     # (B,N,*) -> (B,K,*)
-            return x.gather(1, hidden[..., None].expand(-1, -1, x.shape[-1]))
+        z = self.condition(latents, visible, labels, self.prepare(codes), hidden)             # (B,K,D)
+        latents, net = pick(latents, hidden), self.diffloss["net"]                            # (B,K,C)
 
         def rows(x):                                                                          # (B,K,*) -> (B*K*R,*)
             return x[:, :, None].expand(-1, -1, t.shape[2], -1).flatten(0, 2)
 
-        latents, z = at_hidden(latents), at_hidden(z)                                         # (B,K,C), (B,K,D)
-        loss = diffusion_loss(self.diffloss["net"], rows(latents), t.flatten(), noise.flatten(0, 2), rows(z)).mean()
+        loss = diffusion_loss(net.denoise, rows(latents), t.flatten(), noise.flatten(0, 2), rows(net.cond_embed(z))).mean()
         if self.config.guess_weight:
             loss = loss + self.config.guess_weight * F.mse_loss(self.guess(z).to(latents.dtype), latents)
         return loss
 
     @torch.no_grad()
     def generate(self, labels, codes=None, num_steps=64, cfg_scale=1.0, temperature=1.0, diffusion_steps=100,
-                 clip=math.inf, generator=None, orders=None, draw=None, denoiser=None):
+                 clip=math.inf, generator=None, orders=None, draw=None):
         """labels (B,), codes (B,N) unless fusion is "none" -> latents (B,N,C), scaled as in training.
 
-        clip: see diffusion_sample. orders (B,N), permutations; drawn unless given. draw(rows, C) supplies the noise; standard
-        normal unless given.
-        denoiser replaces the diffusion network (for tests with a known one).
+        diffusion_steps: a number, or (first, last): annealed linearly from the first token step to the last, since the more latents
+        are known the less is left to chance (DiSA, arXiv 2505.20297). clip: see diffusion_sample. orders (B,N), permutations; drawn
+        unless given. draw(rows, C) supplies the noise; standard normal unless given.
         """
         number, channels, device = math.prod(self.config.grid), self.config.channels, labels.device
         draw = draw or (lambda *shape: torch.randn(shape, generator=generator, device=device))
-        denoiser = denoiser or self.diffloss["net"]
+        net = self.diffloss["net"]
         batch, guided = len(labels), cfg_scale != 1.0
         if orders is None:
             orders = torch.rand(batch, number, generator=generator, device=device).argsort(1)
@@ -613,17 +647,21 @@ class ContinuousGenerator(nn.Module):
             codes = None if codes is None else torch.cat([codes, torch.full_like(codes, -1)])
         context = self.prepare(codes)
         latents = torch.zeros(batch, number, channels, device=device)
+        schedule = token_schedule(number, num_steps, cfg_scale)
+        guidance = torch.tensor([scale for _, scale in schedule], device=device)              # (num_steps,)
         remaining = number
-        for revealed, step_cfg in token_schedule(number, num_steps, cfg_scale):
+        for k, (revealed, _) in enumerate(schedule):
             places = orders[:, remaining - revealed:remaining].sort(1).values                 # (B,r): MAR's order of rows
             visible = orders[:, remaining:]                                                   # (B,V)
             remaining -= revealed
             known, seen = (torch.cat([x, x]) if guided else x for x in (latents, visible))
-            z = self.condition(known, seen, labels, context)                                  # (B or 2B,N,D)
-            drawn = (torch.cat([places, places]) if guided else places)[..., None]
-            z = z.gather(1, drawn.expand(-1, -1, z.shape[-1])).flatten(0, 1)                  # (B*r or 2B*r,D)
-            noise = (draw(batch * revealed, channels) for _ in range(diffusion_steps + 1))
-            tokens = diffusion_sample(denoiser, z, noise, temperature, step_cfg, diffusion_steps, clip)    # (B*r,C)
+            wanted = torch.cat([places, places]) if guided else places
+            z = self.condition(known, seen, labels, context, wanted).flatten(0, 1)            # (B*r or 2B*r,D)
+            with torch.autocast(device.type, enabled=False):  # see denoising_step
+                z = net.cond_embed(z.to(latents.dtype))                                       # (B*r or 2B*r,width)
+            steps = annealed(diffusion_steps, k, num_steps)
+            noise = (draw(batch * revealed, channels) for _ in range(steps + 1))
+            tokens = diffusion_sample(net.denoise, z, noise, temperature, guidance[k], steps, clip, self.denoising_step)    # (B*r,C)
             latents.scatter_(1, places[..., None].expand(-1, -1, channels), tokens.unflatten(0, (batch, revealed)))
         return latents
 
@@ -642,6 +680,14 @@ def token_schedule(num_tokens, num_steps, cfg_scale):
         schedule.append((revealed, guidance))
         hidden -= revealed
     return schedule
+
+
+def annealed(diffusion_steps, k, num_steps):
+    """Diffusion steps in token step k of `num_steps`: the number given, or of (first, last) the value on the line between."""
+    if isinstance(diffusion_steps, int):
+        return diffusion_steps
+    first, last = diffusion_steps
+    return round(first + (last - first) * k / max(1, num_steps - 1))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -664,6 +710,20 @@ def generate(discrete, continuous, labels, cfg1=1.0, temperature1=1.0, top_k=0, 
     if continuous is not None:
         latents = continuous.generate(labels, codes, steps, cfg2, temperature2, diffusion_steps, clip, generator)
     return codes, latents
+
+
+def compile_sampling(discrete, continuous):
+    """torch.compile what sampling repeats, in place; either model may be None.
+
+    Nothing is padded: a size that differs in the second call becomes a symbol, and from then on no size compiles anew. Of
+    the trunk only the block is compiled: all blocks share its graphs, which takes seconds instead of minutes.
+    """
+    if discrete is not None:
+        discrete.decode_one = torch.compile(discrete.decode_one)
+    if continuous is not None:
+        continuous.denoising_step = torch.compile(denoising_step)
+        for block in [*continuous.encoder_blocks, *continuous.decoder_blocks]:
+            block.compile()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

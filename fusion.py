@@ -43,13 +43,18 @@ def zero(*layers):
         nn.init.zeros_(layer.bias)
 
 
+def pick(x, places):
+    """The rows `places` (B,R) of x (B or 1,T,D) -> (B,R,D)."""
+    return x.expand(len(places), -1, -1).gather(1, places[..., None].expand(-1, -1, x.shape[-1]))
+
+
 def split_heads(x, heads):
     """(B,T,D) -> (B,heads,T,D/heads)."""
     return x.unflatten(2, (heads, -1)).transpose(1, 2)
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention over a whole sequence (B,T,D), names of timm's ViT."""
+    """Multi-head self-attention over a whole sequence (B,T,D), names of timm's ViT; with `slots` (B,R) only these ask."""
 
     def __init__(self, width, heads, dropout=0.0):
         super().__init__()
@@ -57,14 +62,17 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x):
-        q, k, v = (split_heads(part, self.heads) for part in self.qkv(x).chunk(3, dim=-1))    # (B,heads,T,D/heads) each
+    def forward(self, x, slots=None):
+        q, k, v = self.qkv(x).chunk(3, dim=-1)                                                # (B,T,D) each
+        if slots is not None:
+            q = pick(q, slots)                                                                # (B,R,D)
+        q, k, v = (split_heads(part, self.heads) for part in (q, k, v))                       # (B,heads,T or R,D/heads)
         x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
-        return F.dropout(self.proj(x.transpose(1, 2).flatten(2)), self.dropout, self.training)   # (B,T,D)
+        return F.dropout(self.proj(x.transpose(1, 2).flatten(2)), self.dropout, self.training)   # (B,T or R,D)
 
 
 class CrossAttention(nn.Module):
-    """A sequence (B,T,D) attends to the discrete tokens, given as their keys and values."""
+    """A sequence (B or 1,T,D) attends to the discrete tokens, given as their keys and values."""
 
     def __init__(self, width, heads, dropout=0.0):
         super().__init__()
@@ -78,7 +86,7 @@ class CrossAttention(nn.Module):
         return tuple(split_heads(part, self.heads) for part in self.kv(discrete).chunk(2, dim=-1))
 
     def forward(self, x, keys_values):
-        q = split_heads(self.q(x), self.heads)                                                # (B,heads,T,D/heads)
+        q = split_heads(self.q(x), self.heads).expand(len(keys_values[0]), -1, -1, -1)        # (B,heads,T,D/heads)
         x = F.scaled_dot_product_attention(q, *keys_values, dropout_p=self.dropout if self.training else 0.0)
         return F.dropout(self.proj(x.transpose(1, 2).flatten(2)), self.dropout, self.training)   # (B,T,D)
 
@@ -97,7 +105,7 @@ class Mlp(nn.Module):
 
 class Block(nn.Module):
     """The pre-norm transformer block of ViT and MAE, (B,T,D) -> (B,T,D), with MAR's parameter names; `cross=True` puts
-    cross-attention between its two halves (the Q-Former's block)."""
+    cross-attention between its two halves (the Q-Former's block). With `slots` (B,R) only these are computed: (B,R,D)."""
 
     def __init__(self, width, heads, dropout=0.0, cross=False):
         super().__init__()
@@ -109,8 +117,8 @@ class Block(nn.Module):
         self.norm2 = layer_norm(width)
         self.mlp = Mlp(width, dropout)
 
-    def forward(self, x, keys_values=None):
-        x = x + self.attn(self.norm1(x))
+    def forward(self, x, keys_values=None, slots=None):
+        x = (x if slots is None else pick(x, slots)) + self.attn(self.norm1(x), slots)
         if keys_values is not None:
             x = x + self.cross(self.norm_cross(x), keys_values)
         return x + self.mlp(self.norm2(x))
@@ -167,9 +175,9 @@ class QFormerFusion(nn.Module):
 
     def prepare(self, discrete):
         discrete = self.norm_discrete(discrete)
-        queries = self.queries.expand(len(discrete), -1, -1)                                  # (B,S+N,D)
+        queries = self.queries  # the same for all pictures until they meet the codes: the first self-attention is run once
         for block in self.blocks:
-            queries = block(queries, block.cross.keys_values(discrete))
+            queries = block(queries, block.cross.keys_values(discrete))                       # (B,S+N,D)
         return self.out(self.norm(queries))
 
     def forward(self, sequence, context):

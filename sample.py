@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from d2c import PRESETS, ContinuousConfig, ContinuousGenerator, DiscreteConfig, DiscreteGenerator, generate
+from d2c import PRESETS, ContinuousConfig, ContinuousGenerator, DiscreteConfig, DiscreteGenerator, compile_sampling, generate
 from tokenizers import (KL16_SCALE, InputError, KLTokenizer, Parser, Processes, SharedArrays, VQTokenizer, autocast,
                         clock, crc_of, load_published, load_tokenizers, not_negative, positive, read_checkpoint,
                         read_image, seed_number, seed_of, to_float, to_map, to_uint8, write_atomically)
@@ -107,8 +107,9 @@ class Pipeline:
                 self.settings[name] = getattr(args, name)
         if self.continuous and self.settings["steps"] > math.prod(self.grid):
             raise InputError(f"--steps {self.settings['steps']}: must lie between 1 and {math.prod(self.grid)}, the number of tokens")
-        if not 2 <= self.settings["diffusion_steps"] <= 1000:
-            raise InputError(f"--diffusion-steps {self.settings['diffusion_steps']}: must lie between 2 and 1000")
+        for steps in np.atleast_1d(self.settings["diffusion_steps"]):
+            if not 2 <= steps <= 1000:
+                raise InputError(f"--diffusion-steps {steps}: must lie between 2 and 1000")
 
     def check_parts(self, stage1, stage2):
         """Do the parts fit each other? Raises InputError naming the files."""
@@ -276,6 +277,11 @@ def numbers(text):
     return [not_negative(word) for word in text.split(",")]
 
 
+def annealing(text):
+    """argparse type: a number, or [first, last] of first:last."""
+    return [positive(word) for word in text.split(":", 1)] if ":" in text else positive(text)
+
+
 def parse(argv):
     parser = Parser(prog="sample.py", description="Sample class-conditional pictures in two stages.")
     add = parser.add_argument
@@ -298,11 +304,11 @@ def parse(argv):
     add("--top-k", type=positive, help="stage 1: keep the k likeliest codes (default: all)")
     add("--top-p", type=not_negative, help="stage 1: keep the likeliest codes of total probability p (default 1: all)")
     add("--steps", type=positive, help="token steps of stage 2")
-    add("--diffusion-steps", type=positive, help="denoising steps per token")
+    add("--diffusion-steps", type=annealing, metavar="100, 50:5", help="denoising steps per token, or from the first token step to the last")
     add("--raw", action="store_true", help="the raw weights instead of their average (EMA)")
     add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
     add("--dtype", choices=("auto", "bf16", "float32"), default="auto", help="of matrix products (auto: bf16 on CUDA)")
-    add("--compile", action="store_true", default=None, help="torch.compile the diffusion network (default on CUDA)")
+    add("--compile", action="store_true", default=None, help="torch.compile what repeats (default on CUDA)")
     add("--no-compile", action="store_false", dest="compile")
     add("--reconstruct", nargs="+", metavar="IMAGE", help="show what the tokenizers keep of these pictures, and stop")
     args = parser.parse_args(argv)
@@ -344,8 +350,8 @@ def main(argv=None):
             pipeline = Pipeline(args, processes.device)
             chosen = choose_classes(args.classes, pipeline.classes)
             out = prepare_output(args, processes)
-            if args.compile and pipeline.continuous:
-                pipeline.continuous.diffloss["net"].compile(dynamic=True)
+            if args.compile:
+                compile_sampling(pipeline.discrete, pipeline.continuous)
             for cfg1 in args.sweep1 or [pipeline.settings["cfg1"]]:
                 for cfg2 in args.sweep or [pipeline.settings["cfg2"]]:
                     pipeline.settings.update(cfg1=cfg1, cfg2=cfg2)

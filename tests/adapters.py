@@ -102,12 +102,28 @@ def mar_loss(state, latents, mask, labels, num_heads, t, noise):
     return model(tokenizers.to_tokens(latents), visible, hidden, labels, None, t[rows, hidden], noise[rows, hidden])
 
 
+class OutsideDenoiser(torch.nn.Module):
+    """A function (x (M,C), t (M,), z (M,D)) -> (M,2C) in the place of our diffusion network."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def cond_embed(self, z):
+        return z
+
+    def denoise(self, x, t, z):
+        return self.function(x, t.expand(len(x)), z)
+
+
 def mar_generate(state, labels, orders, noise, num_heads, num_steps, cfg_scale, temperature, diffusion_steps, denoiser=None):
     """labels (B,), orders (B,N), noise an iterator of arrays -> latents (B,C,h,w)."""
     model = d2c.ContinuousGenerator.from_published(state, num_heads).eval()
     noise = iter(noise)
+    if denoiser:
+        model.diffloss["net"] = OutsideDenoiser(denoiser)
     latents = model.generate(labels, None, num_steps, cfg_scale, temperature, diffusion_steps, orders=orders,
-                             draw=lambda rows, channels: torch.as_tensor(next(noise))[:rows].to(labels.device), denoiser=denoiser)
+                             draw=lambda rows, channels: torch.as_tensor(next(noise))[:rows].to(labels.device))
     return tokenizers.to_map(latents, model.config.grid)
 
 
@@ -125,7 +141,7 @@ def diffusion_loss(denoiser, x0, t, noise, z):
 
 def diffusion_sample(denoiser, z, noise, temperature, cfg_scale, steps):
     """(M,C); noise: the start, then one (M,C) per step; with guidance z is [cond; uncond], 2M rows."""
-    return d2c.diffusion_sample(denoiser, z, noise, temperature, cfg_scale, steps)
+    return d2c.diffusion_sample(OutsideDenoiser(denoiser).denoise, z, noise, temperature, cfg_scale, steps)
 
 
 def token_schedule(num_tokens, num_steps, cfg_scale):

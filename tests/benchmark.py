@@ -1,169 +1,422 @@
-"""How good are the demo's pictures, and what are the codes and the fusion worth?  Makes the figures of the README.
+"""How fast are the hot loops, and how fast could they be?
 
-    python tests/benchmark.py demo --weights pt_inception-2015-12-05-6726825d.pth      the run in runs/demo
-    python tests/benchmark.py cross --steps 4 8 16      a row of the README's table: trains seeds 0 and 1, then measures them
-    python tests/benchmark.py codes|none|qformer|aligned                                                  the other rows
-    python tests/benchmark.py noise                     --code-noise 0 against 0.1, with codes of stage 1 and of real pictures
+    python tests/benchmark.py                    every hot loop of presets demo and B: eager, compiled, share of the ceiling
+    python tests/benchmark.py originals --mar DIR --llamagen DIR         against checkouts of MAR and of LlamaGen
+    python tests/benchmark.py fusion             what cross-attention and the Q-Former add to training and sampling
+    python tests/benchmark.py scaling            stage 2 as the batch and the number of tokens grow
+    python tests/benchmark.py precision          the diffusion head in bfloat16 and TF32 against float32, on the run in runs/demo
 
-Stage 2 trains equally long for every row: a kind that takes more time per step takes fewer steps. The rulers, each
-applied to 1,000 sampled pictures:
-
-    accuracy   share whose class a small network names right; it learned from real pictures
-    Frechet    distance to 5,000 real pictures in the features of that network
-    Inception  the same in the features of the FID Inception (`fid.py`), with --weights. With so few pictures it is no FID
-               as papers print it
-
-Real pictures for all of them come from seeds that no training uses. What is made on the way is kept in --folder, and an
-interrupted command goes on from there.
+Weights are random but for the last; nothing here depends on them. Every time is the median of --rounds calls after one that
+warms up, with the smallest and the largest behind it. What is compared runs in turn, so that a slow minute hits all alike.
 """
-import shutil
+import copy
+import json
+import math
+import statistics
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
+from torch._dynamo.utils import counters
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import benchmark_demo  # noqa: E402
+import d2c  # noqa: E402
 import fid  # noqa: E402
 import sample  # noqa: E402
 import train  # noqa: E402
-from tokenizers import Parser, Shapes, positive, read_checkpoint, seed_of, to_float, to_map, to_uint8, write_atomically  # noqa: E402
+from tokenizers import (KLTokenizer, Parser, Processes, TokenCache, TokenizerConfig, VQTokenizer, autocast,  # noqa: E402
+                        choose_device, positive, to_map, to_uint8, write_atomically)
 
-SIZE, REFERENCE_SEED, CLASSIFIER_SEED, TEST_SEED = 32, 1001, 1002, 1003
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Two rulers
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def real_pictures(number, seed):
-    """(uint8 (number,S,S,3), class ids (number,)) of the built-in data."""
-    shapes = Shapes(SIZE, number, seed)
-    return np.stack([shapes[i][0] for i in range(number)]), np.arange(number) % len(shapes.classes)
-
-
-def make_classifier(path):
-    """The network that names shapes: trained on 20,000 real pictures, or read from `path`."""
-    network = nn.Sequential(
-        nn.Conv2d(3, 32, 3, 2, 1), nn.BatchNorm2d(32), nn.ReLU(),                             # (B,32,16,16)
-        nn.Conv2d(32, 64, 3, 1, 1), nn.BatchNorm2d(64), nn.ReLU(),                            # (B,64,16,16)
-        nn.Conv2d(64, 64, 3, 2, 1), nn.BatchNorm2d(64), nn.ReLU(),                            # (B,64,8,8)
-        nn.Conv2d(64, 128, 3, 2, 1), nn.BatchNorm2d(128), nn.ReLU(),                          # (B,128,4,4)
-        nn.Flatten(), nn.Linear(128 * 16, len(Shapes.classes)))                               # (B,10)
-    if path.exists():
-        network.load_state_dict(read_checkpoint(path))
-        return network.eval()
-    torch.manual_seed(0)
-    pictures, labels = (torch.from_numpy(x) for x in real_pictures(20_000, CLASSIFIER_SEED))
-    epochs, batch_size = 4, 125
-    optimizer = torch.optim.AdamW(network.parameters(), 2e-3)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * len(labels) // batch_size)
-    for _ in range(epochs):
-        for chosen in torch.randperm(len(labels)).split(batch_size):
-            optimizer.zero_grad()
-            F.cross_entropy(network(to_float(pictures[chosen])), labels[chosen]).backward()
-            optimizer.step()
-            schedule.step()
-    write_atomically(path, lambda temporary: torch.save(network.state_dict(), temporary))
-    return network.eval()
-
-
-class Rulers:
-    """`measure` gives a dict: accuracy, Frechet and, with Inception's weights, Inception."""
-
-    def __init__(self, folder, weights=None):
-        self.classifier = make_classifier(folder / "classifier.pt")
-        self.inception = fid.load_inception(weights) if weights else None
-        real = real_pictures(5000, REFERENCE_SEED)[0]
-        self.reference = self.small_statistics(real)
-        if weights:
-            path = folder / "inception.npz"  # minutes to make: kept
-            if not path.exists():
-                mu, sigma = self.inception_statistics(real)
-                write_atomically(path, lambda temporary: np.savez(temporary, mu=mu, sigma=sigma))
-            with np.load(path, allow_pickle=False) as file:
-                self.inception_reference = file["mu"], file["sigma"]
-
-    @torch.no_grad()
-    def small_statistics(self, pictures):
-        features = self.classifier[:-2](to_float(torch.from_numpy(pictures))).mean((2, 3))    # (N,128)
-        return fid.statistics(features)
-
-    def inception_statistics(self, pictures):
-        return fid.statistics(fid.features(self.inception, pictures)[0])
-
-    @torch.no_grad()
-    def measure(self, pictures, labels):
-        """pictures uint8 (N,S,S,3), class ids (N,)."""
-        named = self.classifier(to_float(torch.from_numpy(pictures))).argmax(1).numpy()
-        measured = {"accuracy": float((named == labels).mean()),
-                    "Frechet": fid.frechet_distance(*self.small_statistics(pictures), *self.reference)}
-        if self.inception:
-            measured["Inception"] = fid.frechet_distance(*self.inception_statistics(pictures), *self.inception_reference)
-        return measured
-
+HIDDEN = 0.86  # share of hidden places in training: the mean of MAR's draws
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Runs
+# Measuring
 # ---------------------------------------------------------------------------------------------------------------------
 
-# Steps of stage 2 that take equally long on a CPU: a step of none, cross, qformer and aligned takes 0.83, 1, 1.10 and 0.84.
-STEPS = {"none": 1450, "cross": 1200, "qformer": 1090, "aligned": 1420}
+
+def clock(run, device):
+    """Seconds of run()."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
 
 
-def trained(folder, kind, seed, code_noise=0.0):
-    """A finished run with fusion `kind`. Runs of one seed share tokenizers, tokens and stage 1."""
-    base, run = folder / f"seed{seed}", folder / f"{kind}{f'-noise{code_noise}' if code_noise else ''}-seed{seed}"
-    common = ["--seed", str(seed)]
-    train.main(["--out", str(base), "--stage", "1", *common])
-    if not run.exists():
-        partial = folder / f"{run.name}.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.copytree(base, partial)
-        partial.rename(run)
-    train.main(["--out", str(run), "--stage", "2", "--fusion", kind, "--steps", str(STEPS[kind]),
-                "--code-noise", str(code_noise), *common])
+def in_turn(runs, args):
+    """{name: function} -> {name: seconds of each round}."""
+    taken = {name: [] for name in runs}
+    for _ in range(args.rounds + 1):
+        for name, run in runs.items():
+            taken[name].append(clock(run, args.device))
+    return {name: values[1:] for name, values in taken.items()}
+
+
+def spread(values, form=".4g"):
+    """Median (smallest to largest)."""
+    return f"{statistics.median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
+
+
+def ratio(one, other):
+    """How long `one` takes in units of `other`, round by round."""
+    return spread([a / b for a, b in zip(one, other)], ".3f")
+
+
+def peak_memory(run, device):
+    """Bytes at the highest point of a call: on a GPU what torch held, on Linux what the process held, else None."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # forget the highest point so far
+        run()
+        return 1024 * int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
+    except OSError:
+        return None
+
+
+def flops(run):
+    """Multiplications and additions of matrix products, convolutions and attention."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+def ceilings(args):
+    """What the device reaches today: {"float32", "tf32", "bf16": FLOP/s of a matrix product, "copy": bytes/s read + written}."""
+    size = 8192 if args.device.type == "cuda" else 2048
+    a, b = torch.randn(2, size, size, device=args.device)
+    source = torch.randn(2**26, device=args.device)
+    target = torch.empty_like(source)
+    measured = {"copy": 2 * source.nbytes / min(in_turn({"": lambda: target.copy_(source)}, args)[""])}
+    for name in ("float32", "tf32", "bf16"):
+        torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
+        x, y = (part.bfloat16() if name == "bf16" else part for part in (a, b))
+        measured[name] = 2 * size**3 / min(in_turn({"": lambda: x @ y}, args)[""])
+    torch.set_float32_matmul_precision("high")
+    return measured
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The hot loops
+# ---------------------------------------------------------------------------------------------------------------------
+
+# VQ-16, KL-16 and sizes of ImageNet, where a preset leaves them to published files.
+PUBLISHED = dict(vq=dict(z_channels=256, codebook_size=16384, decoder_attention=True), kl=dict(z_channels=16))
+
+
+def make_models(name, fusion=None, grid=None):
+    """(VQTokenizer, KLTokenizer, DiscreteGenerator, ContinuousGenerator) of a preset, with random weights."""
+    preset = d2c.PRESETS[name]
+    vq, kl = (cls(TokenizerConfig(**(preset[kind] or PUBLISHED[kind]))) for cls, kind in ((VQTokenizer, "vq"), (KLTokenizer, "kl")))
+    common = dict(grid=grid or (preset["size"] // kl.config.factor,) * 2, num_classes=1000, codebook_size=vq.config.codebook_size)
+    return (vq, kl, d2c.DiscreteGenerator(d2c.DiscreteConfig(**common, **preset["stage1"])),
+            d2c.ContinuousGenerator(d2c.ContinuousConfig(**common, channels=kl.config.z_channels, fusion=fusion or preset["fusion"],
+                                                         **preset["stage2"])))
+
+
+def stage2_batch(config, batch, device):
+    """Random arguments of ContinuousGenerator.forward, with the mean share of hidden places."""
+    places = math.prod(config.grid)
+    hidden = math.ceil(HIDDEN * places)
+    order = torch.rand(batch, places, device=device).argsort(1)
+    return (torch.randn(batch, places, config.channels, device=device), order[:, hidden:], order[:, :hidden],
+            torch.randint(1000, (batch,), device=device), torch.randint(config.codebook_size, (batch, places), device=device),
+            torch.randint(1000, (batch, hidden, config.noise_levels), device=device),
+            torch.randn(batch, hidden, config.noise_levels, config.channels, device=device))
+
+
+def training_step(model, arguments, args):
+    """Forward and backward pass, a function to be timed."""
+    def run():
+        model.zero_grad(set_to_none=True)
+        with autocast(args.device, args.dtype):
+            loss = model(*arguments)
+        loss.backward()
     return run
 
 
-@torch.no_grad()
-def sample_pictures(run, flags=(), number=1000, real_codes=False):
-    """What `sample.py --run RUN FLAGS` draws: coarse and fine pictures, uint8 (number,S,S,3), and their class ids.
-    real_codes: stage 2 is told the codes of real pictures instead of stage 1's."""
-    args = sample.parse(["--run", str(run), *flags])[1]
-    pipeline = sample.Pipeline(args, torch.device("cpu"))
-    settings = pipeline.settings
-    pictures, labels = real_pictures(number, TEST_SEED)
-    coarse, fine = [], []
-    for k, chunk in enumerate(torch.from_numpy(labels).split(settings["batch_size"])):
-        generator = torch.Generator().manual_seed(seed_of(args.seed, 3, k))
-        codes = pipeline.discrete.generate(chunk, settings["cfg1"], settings["temperature1"], generator=generator)    # (B,N)
-        if real_codes:
-            start = k * settings["batch_size"]
-            codes = pipeline.vq.encode(to_float(torch.from_numpy(pictures[start:start + len(chunk)]))).flatten(1)     # (B,N)
-        latents = pipeline.continuous.generate(chunk, codes, settings["steps"], settings["cfg2"], settings["temperature2"],
-                                               settings["diffusion_steps"], settings["clip"], generator)              # (B,N,C)
-        coarse.append(to_uint8(pipeline.vq.decode(codes.unflatten(1, pipeline.grid))))
-        fine.append(to_uint8(pipeline.kl.decode(to_map(latents, pipeline.grid) / pipeline.kl.scale)))
-    return torch.cat(coarse).numpy(), torch.cat(fine).numpy(), labels
+def inference(function, arguments, args, dtype=None):
+    """A call without gradients, a function to be timed."""
+    @torch.no_grad()
+    def run():
+        with autocast(args.device, dtype or args.dtype):
+            function(*arguments)
+    return run
 
 
-def seconds_of_stage2(run):
-    """Training time of stage 2, as its log has it."""
-    return float((run / "stage2.csv").read_text().split()[-1].split(",")[-1])
+def training_loops(name, batch, args):
+    """Yields (name, pictures per call, what bounds it: a ceiling and, of a copy, the bytes; eager and compiled call)."""
+    *_, discrete, continuous = make_models(name)
+    codes = torch.randint(discrete.config.codebook_size, (batch, math.prod(discrete.config.grid)), device=args.device)
+    first = codes, torch.randint(1000, (batch,), device=args.device)
+    for stage, model, arguments in ((1, discrete, first), (2, continuous, stage2_batch(continuous.config, batch, args.device))):
+        model = model.to(args.device)
+        compiled = copy.deepcopy(model)
+        compiled.compile()
+        yield (f"stage {stage}, training step", batch, args.matmul, None,
+               *(training_step(m, arguments, args) for m in (model, compiled)))
 
 
-def summary(measured):
-    """Of a dict per seed: for each ruler the mean and, of several, half the distance between the smallest and the largest."""
-    forms, texts = {"accuracy": ".1%", "Frechet": ".3f", "Inception": ".1f"}, []
-    for name, form in forms.items():
-        if values := [one[name] for one in measured if name in one]:
-            spread = f" +- {(max(values) - min(values)) / 2:{form}}" if len(values) > 1 else ""
-            texts.append(f"{name} {np.mean(values):{form}}{spread}")
-    return "   ".join(texts)
+def sampling_loops(name, batch, args):
+    """As training_loops. Guidance is on: 2 * batch rows."""
+    settings, full = d2c.PRESETS[name]["sample"], "tf32" if args.device.type == "cuda" else "float32"
+    vq, kl, *generators = (model.to(args.device).eval() for model in make_models(name))
+    copies = [copy.deepcopy(model) for model in generators]
+    d2c.compile_sampling(*copies)
+    (discrete, continuous), config, places = generators, generators[0].config, math.prod(generators[0].config.grid)
+
+    filled, position = 3 * places // 4, torch.tensor([3 * places // 4 - 1], device=args.device)
+    cache = [torch.zeros(2, 2 * batch, config.num_heads, filled, config.width // config.num_heads, device=args.device,
+                         dtype=torch.bfloat16 if args.matmul == "bf16" else torch.float32).unbind() for _ in discrete.layers]
+    read = sum(p.nbytes for p in [*discrete.layers.parameters(), *discrete.output.parameters()]) + sum(
+        part.nbytes for pair in cache for part in pair)
+    arguments = torch.randn(2 * batch, 1, config.width, device=args.device), position, cache
+    yield ("stage 1, one code", batch / places, "copy", read,
+           *(inference(model.decode_one, arguments, args) for model in (discrete, copies[0])))
+
+    config, drawn = continuous.config, max(1, places // settings["steps"])
+    latents, _, _, labels, codes, _, _ = stage2_batch(config, 2 * batch, args.device)
+    order = torch.rand(2 * batch, places, device=args.device).argsort(1)
+    with torch.no_grad():
+        arguments = latents, order[:, places // 2:], labels, continuous.prepare(codes), order[:, :drawn]
+    yield ("stage 2, trunk, one token step", batch / settings["steps"], args.matmul, None,
+           *(inference(model.condition, arguments, args) for model in (continuous, copies[1])))
+
+    x, noise = torch.randn(2, batch * drawn, config.channels, device=args.device)
+    tables = d2c.diffusion_schedule(settings["diffusion_steps"], x.device, x.dtype)
+    scale, index = torch.tensor(2.0, device=args.device), torch.tensor([7], device=args.device)
+    z = torch.randn(2 * batch * drawn, config.head_width, device=args.device)
+    yield ("stage 2, one denoising step", batch / settings["steps"] / settings["diffusion_steps"], full, None,
+           *(inference(model.denoising_step, (continuous.diffloss["net"].denoise, x, z, noise, tables, index, 1.0, scale, settings["clip"]),
+                       args) for model in (continuous, copies[1])))
+
+    codes = torch.zeros(batch, *config.grid, dtype=torch.int64, device=args.device)
+    latents = torch.randn(batch, config.channels, *config.grid, device=args.device)
+    for kind, model, tokens in (("VQ", vq, codes), ("KL", kl, latents)):
+        yield (f"{kind} decoder", batch, full, None,
+               *(inference(call, (tokens,), args, "float32") for call in (model.decode, torch.compile(model.decode))))
+
+
+def inception_loop(args):
+    """As training_loops, for fid.py's network with random weights."""
+    network = fid.InceptionV3().to(args.device, memory_format=torch.channels_last).eval()
+    images = torch.randn(args.inception_batch, 3, 299, 299, device=args.device).contiguous(memory_format=torch.channels_last)
+    yield ("Inception", len(images), "float32", None,
+           *(inference(call, (images,), args, "float32") for call in (network, torch.compile(network))))
+
+
+def measure_loops(args, report):
+    limits = ceilings(args)
+    report("ceilings: " + ", ".join(f"{name} {value / 1e9:.4g} G{'B' if name == 'copy' else 'FLOP'}/s" for name, value in limits.items()),
+           ceilings=limits)
+    batches = dict(zip(args.presets, args.batch_sizes))
+    for group, loops in [*((name, loop(name, batches[name], args)) for name in args.presets for loop in (training_loops, sampling_loops)),
+                         ("fid.py", inception_loop(args))]:
+        for name, pictures, bound, read, eager, compiled in loops:
+            torch._dynamo.reset()
+            counters.clear()
+            compilation = clock(compiled, args.device)
+            work = read or flops(eager)
+            taken = in_turn({"eager": eager, "compiled": compiled}, args)
+            best = min(statistics.median(values) for values in taken.values())
+            memory = peak_memory(eager, args.device)
+            graphs = counters["stats"]["unique_graphs"]
+            unit = "GB/s" if read else "GFLOP/s"
+            report(f"{group:6} {name:32} eager {spread([1e3 * t for t in taken['eager']])} ms, compiled "
+                   f"{spread([1e3 * t for t in taken['compiled']])} ms, {ratio(taken['compiled'], taken['eager'])} of it; "
+                   f"{pictures / best:.4g} pictures/s, {work / best / 1e9:.4g} {unit}, {work / best / limits[bound]:.0%} of {bound}; "
+                   f"{memory / 2**30 if memory else math.nan:.2f} GiB; {graphs} graphs in {compilation:.0f} s",
+                   preset=group, loop=name, pictures_per_call=pictures, seconds=taken, work=work, unit=unit, ceiling=bound,
+                   share=work / best / limits[bound], peak_bytes=memory, graphs=graphs, compilation_seconds=compilation)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The originals
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class FixedShare:
+    """In the place of MAR's random share of hidden places."""
+
+    def rvs(self, size):
+        return [HIDDEN]
+
+
+def measure_originals(args, report):
+    """Preset B against the authors' code, in one process, in turn, on the same weights."""
+    batch, device = args.batch_sizes[-1], args.device
+    if device.type == "cpu":
+        torch.Tensor.cuda = lambda self, *where, **how: self  # MAR's sampling asks for CUDA
+    if args.mar:
+        sys.path.insert(0, str(args.mar))
+        from models.mar import mar_base
+
+        theirs = mar_base(vae_embed_dim=16, class_num=1000, diffloss_d=6, diffloss_w=1024, diffusion_batch_mul=4,
+                          attn_dropout=0.1, proj_dropout=0.1, num_sampling_steps="100").to(device)
+        theirs.mask_ratio_generator = FixedShare()
+        ours = d2c.ContinuousGenerator.from_published(theirs.state_dict()).to(device)
+        latents, visible, hidden, labels, _, t, noise = stage2_batch(ours.config, 2 * batch, device)
+        maps, rows = to_map(latents, ours.config.grid), (latents, visible, hidden, labels, None, t, noise)
+        runs = {"MAR": lambda: training_step(theirs, (maps, labels), args)(), "ours": training_step(ours, rows, args)}
+        report_race(f"stage 2, training step of {2 * batch}", runs, args, report)
+
+        theirs, ours, labels = theirs.eval(), ours.eval(), labels[:batch]
+        runs = {"MAR": inference(lambda: theirs.sample_tokens(bsz=batch, num_iter=8, cfg=2.9, cfg_schedule="linear", labels=labels,
+                                                              temperature=1.0), (), args),
+                "ours": inference(lambda: ours.generate(labels, None, 8, 2.9), (), args),
+                "ours, 50:5": inference(lambda: ours.generate(labels, None, 8, 2.9, diffusion_steps=(50, 5)), (), args)}
+        report_race(f"stage 2, sampling {batch} pictures, 8 token steps of 100", runs, args, report)
+        sys.path.remove(str(args.mar))
+    if args.llamagen:
+        sys.path.insert(0, str(args.llamagen))
+        from autoregressive.models.generate import generate
+        from autoregressive.models.gpt import GPT_models
+
+        theirs = GPT_models["GPT-B"](block_size=256, vocab_size=16384, num_classes=1000, cls_token_num=1).to(device).eval()
+        torch.nn.init.normal_(theirs.output.weight, std=0.02)  # they start at zero
+        state = {key: value for key, value in theirs.state_dict().items() if "freqs" not in key and "cache" not in key}
+        ours = d2c.DiscreteGenerator.from_published(state).to(device).eval()
+        labels = torch.randint(1000, (batch,), device=device)
+        runs = {"LlamaGen": inference(lambda: generate(theirs, labels, 256, cfg_scale=2.0, temperature=1.0, top_k=0, top_p=1.0,
+                                                       sample_logits=True), (), args),
+                "ours": inference(lambda: ours.generate(labels, 2.0), (), args)}
+        report_race(f"stage 1, sampling {batch} pictures", runs, args, report)
+
+
+def report_race(name, runs, args, report):
+    taken = in_turn(runs, args)
+    theirs, *ours = taken
+    for label in ours:
+        report(f"{name}: {theirs} {spread(taken[theirs])} s, {label} {spread(taken[label])} s, {ratio(taken[label], taken[theirs])} of it",
+               race=name, seconds={theirs: taken[theirs], label: taken[label]})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The price of fusion, and of size
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def measure_fusion(args, report):
+    """Preset B. 16 token steps of 25 keep the balance of trunk and head of 64 steps of 100, at a quarter of the time."""
+    batch, models = args.batch_sizes[-1], {}
+    for kind in ("none", "cross", "qformer", "aligned"):
+        models[kind] = make_models("B", kind)[3].to(args.device)
+    arguments = stage2_batch(models["none"].config, 2 * batch, args.device)
+    labels, codes = arguments[3][:batch], arguments[4][:batch]
+    trained = in_turn({kind: training_step(model, arguments, args) for kind, model in models.items()}, args)
+    sampled = in_turn({kind: inference(model.eval().generate, (labels, codes, 16, 2.9, 1.0, 25), args) for kind, model in models.items()}, args)
+    for name, taken in ((f"training step of {2 * batch}", trained), (f"sampling {batch} pictures", sampled)):
+        for kind, values in taken.items():
+            report(f"{name}: {kind:8} {spread(values)} s, {ratio(values, taken['none'])} of none", part=name, fusion=kind, seconds=values)
+
+
+def measure_scaling(args, report):
+    """Seconds per picture of stage 2. The exponent compares with the row above: 0 is a constant time per picture, as the
+    batch grows; 1 is a time in proportion to the tokens."""
+    name = args.presets[0]
+    for what, sizes in (("batch", [(64, batch) for batch in (1, 4, 16, 64, 256)]), ("tokens", [(tokens, 4) for tokens in (64, 256, 1024)])):
+        before = None
+        for tokens, batch in sizes:
+            model = make_models(name, grid=(math.isqrt(tokens),) * 2)[3].to(args.device)
+            arguments = stage2_batch(model.config, batch, args.device)
+            taken = in_turn({"training": training_step(model, arguments, args),
+                             "sampling": inference(model.eval().generate, (arguments[3], arguments[4], 8, 2.0, 1.0, 25), args)}, args)
+            now = {part: statistics.median(values) / batch for part, values in taken.items()}
+            growth = {part: math.log(now[part] / before[part]) / math.log(tokens / size[0] * batch / size[1]) for part in now} if before else {}
+            report(f"{what:6} {tokens:4} tokens, batch {batch:3}: " + ", ".join(
+                f"{part} {1e3 * now[part]:.4g} ms a picture" + (f" (exponent {growth[part]:+.2f})" if growth else "") for part in now),
+                preset=name, tokens=tokens, batch=batch, seconds=taken)
+            before, size = now, (tokens, batch)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Precision of the diffusion head
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class TF32(torch.autograd.Function):
+    """A linear layer on numbers of 10 mantissa bits, products added up in float32: what TF32 does, on any device."""
+
+    @staticmethod
+    def cut(x):
+        return ((x.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)  # 23 - 10 = 13 bits go, rounded
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        x, weight = TF32.cut(x.contiguous()), TF32.cut(weight)
+        ctx.save_for_backward(x, weight)
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, weight = ctx.saved_tensors
+        cut = TF32.cut(gradient.contiguous())
+        return cut @ weight, cut.T @ x, gradient.sum(0)
+
+
+def head_in(net, precision):
+    """Give the diffusion network `net` another arithmetic for its matrix products; the rest of the model keeps float32."""
+    if precision == "bf16":
+        def denoise(x, t, c):
+            with torch.autocast(x.device.type, torch.bfloat16):
+                return type(net).denoise(net, x, t, c).float()
+        net.denoise = denoise
+    if precision == "TF32":
+        for layer in net.modules():
+            if isinstance(layer, torch.nn.Linear):
+                layer.forward = lambda x, layer=layer: TF32.apply(x, layer.weight, layer.bias)
+
+
+def measure_precision(args, report):
+    """300 training steps of stage 2 from one start on the run's tokens, and 1,000 pictures of the run's trained models."""
+    torch.set_float32_matmul_precision("highest")
+    preset, processes = d2c.PRESETS["demo"], Processes(str(args.device))
+    cache = TokenCache(args.run / "tokens")
+    pipeline = sample.Pipeline(sample.parse(["--run", str(args.run)])[1], args.device)
+    config, settings = pipeline.continuous.config, pipeline.settings
+    rulers = benchmark_demo.Rulers(args.folder)
+    pictures, labels = benchmark_demo.real_pictures(1000, benchmark_demo.TEST_SEED)
+    labels = torch.from_numpy(labels).to(args.device)
+    codes = torch.cat([pipeline.discrete.generate(part, settings["cfg1"], settings["temperature1"],
+                                                  generator=torch.Generator(args.device).manual_seed(k))
+                       for k, part in enumerate(labels.split(100))])                          # (1000,N)
+    exact = None
+    for precision in ("float32", "TF32", "bf16"):
+        torch.manual_seed(0)
+        model = d2c.ContinuousGenerator(config).to(args.device)
+        head_in(model.diffloss["net"], precision)
+        batches = train.Batches(lambda *chosen: train.read_latents(cache, config, 0.0, *chosen), cache.usable, 64, 2, 0, processes)
+        optimizer, losses, norms = torch.optim.AdamW(model.parameters(), preset["train"][2]["lr"], betas=(0.9, 0.95)), [], []
+        for step in range(300):
+            loss = model(*(x.to(args.device) for x in batches[step]))
+            loss.backward()
+            norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item())
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        trained = copy.deepcopy(pipeline.continuous)
+        head_in(trained.diffloss["net"], precision)
+        latents = torch.cat([trained.generate(part, codes[100 * k:100 * k + 100], settings["steps"], settings["cfg2"], settings["temperature2"],
+                                              settings["diffusion_steps"], settings["clip"], torch.Generator(args.device).manual_seed(k))
+                             for k, part in enumerate(labels.split(100))])                    # (1000,N,C)
+        exact = latents if exact is None else exact
+        with torch.no_grad():
+            fine = torch.cat([to_uint8(pipeline.kl.decode(to_map(part, config.grid) / pipeline.kl.scale)) for part in latents.split(100)])
+        measured = rulers.measure(fine.cpu().numpy(), labels.cpu().numpy())
+        difference = ((latents - exact).square().mean().sqrt() / exact.square().mean().sqrt()).item()
+        report(f"{precision:8} loss {np.mean(losses[:100]):.4f} {np.mean(losses[100:200]):.4f} {np.mean(losses[200:]):.4f} (hundreds of steps), "
+               f"gradient norm {np.mean(norms[200:]):.3f}; sampled latents differ by {difference:.2g} of their size; {benchmark_demo.summary([measured])}",
+               precision=precision, losses=losses, norms=norms, difference=difference, **measured)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -171,60 +424,44 @@ def summary(measured):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def measure_demo(rulers, run):
-    """Real pictures, and what the run draws; coarse and fine."""
-    coarse, fine, labels = sample_pictures(run)
-    for name, pictures in (("real", real_pictures(len(labels), TEST_SEED)[0]), ("coarse", coarse), ("fine", fine)):
-        print(f"{name:6}  {summary([rulers.measure(pictures, labels)])}", flush=True)
-
-
-def measure_row(rulers, folder, kind, seeds, token_steps, settings):
-    """One line per number of token steps; for `codes` one line, since stage 2 plays no part."""
-    runs = [trained(folder, "cross" if kind == "codes" else kind, seed) for seed in seeds]
-    took = "" if kind == "codes" else f"   stage 2 took {np.mean([seconds_of_stage2(run) for run in runs]):.0f} s"
-    for steps in token_steps[:1] if kind == "codes" else token_steps:
-        measured = []
-        for run in runs:
-            coarse, fine, labels = sample_pictures(run, ["--steps", str(steps), *settings])
-            measured.append(rulers.measure(coarse if kind == "codes" else fine, labels))
-        print(f"{kind:8} {'' if kind == 'codes' else f'{steps:2} token steps':15} {summary(measured)}{took}", flush=True)
-
-
-def measure_noise(rulers, folder, seeds, settings):
-    """--code-noise 0 and 0.1, each sampled with codes of stage 1 and with codes of real pictures."""
-    for noise in (0.0, 0.1):
-        runs = [trained(folder, "cross", seed, noise) for seed in seeds]
-        for real_codes in (False, True):
-            measured = []
-            for run in runs:
-                _, fine, labels = sample_pictures(run, settings, real_codes=real_codes)
-                measured.append(rulers.measure(fine, labels))
-            print(f"code noise {noise}, codes of {'real pictures' if real_codes else 'stage 1':13}  {summary(measured)}", flush=True)
-
-
 def main(argv=None):
-    parser = Parser(prog="benchmark.py", description="Measure the demo: accuracy and Frechet distance of its pictures.")
-    parser.add_argument("what", choices=["demo", "codes", *STEPS, "noise"])
-    parser.add_argument("--run", type=Path, default=Path("runs/demo"), help="the run that `demo` measures (default runs/demo)")
-    parser.add_argument("--folder", type=Path, default=Path("runs/benchmark"), help="where runs and rulers are kept")
-    parser.add_argument("--weights", metavar="FILE", help="Inception weights as for fid.py; adds the distance in its features")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--steps", type=positive, nargs="+", default=[8], help="numbers of token steps to sample with")
-    parser.add_argument("--cfg2", default="1.5", help="guidance of stage 2 in rows and noise (default 1.5)")
-    parser.add_argument("--temperature2", default="1.0", help="its temperature there (default 1.0)")
+    commands = dict(loops=measure_loops, originals=measure_originals, fusion=measure_fusion, scaling=measure_scaling,
+                    precision=measure_precision)
+    parser = Parser(prog="benchmark.py", description=__doc__.partition("\n")[0])
+    add = parser.add_argument
+    add("what", nargs="?", choices=commands, default="loops")
+    add("--presets", nargs="+", choices=list(d2c.PRESETS), default=["demo", "B"], help="of loops; the first is that of scaling")
+    add("--batch-sizes", type=positive, nargs="+", help="one per preset (default 64 and 2, on CUDA 256 and 64)")
+    add("--inception-batch", type=positive, default=16)
+    add("--mar", type=Path, metavar="DIR", help="a checkout of LTH14/mar, whose imports are installed")
+    add("--llamagen", type=Path, metavar="DIR", help="a checkout of FoundationVision/LlamaGen, whose imports are installed")
+    add("--run", type=Path, default=Path("runs/demo"), help="of precision")
+    add("--folder", type=Path, default=Path("runs/benchmark"), help="of precision: where benchmark_demo.py keeps its rulers")
+    add("--rounds", type=positive, default=5)
+    add("--device", choices=("auto", "cuda", "cpu"), default="auto")
+    add("--dtype", choices=("auto", "bf16", "float32"), default="auto", help="as for train.py and sample.py")
+    add("--json", type=Path, metavar="FILE", help="all that was measured")
     args = parser.parse_args(argv)
-    settings = ["--cfg2", args.cfg2, "--temperature2", args.temperature2]
+    rows = []
+
+    def report(line, **row):
+        print(line, flush=True)
+        rows.append(row)
+        if args.json:
+            write_atomically(args.json, lambda temporary: temporary.write_text(json.dumps(rows, indent=1)))
+
     with parser.plain_errors():
-        try:
-            rulers = Rulers(args.folder, args.weights)
-        except fid.InputError as error:
-            parser.error(error)
-        if args.what == "demo":
-            measure_demo(rulers, args.run)
-        elif args.what == "noise":
-            measure_noise(rulers, args.folder, args.seeds, settings)
-        else:
-            measure_row(rulers, args.folder, args.what, args.seeds, args.steps, settings)
+        args.device = choose_device(args.device)
+        cuda = args.device.type == "cuda"
+        args.matmul = "bf16" if args.dtype == "bf16" or (args.dtype == "auto" and cuda) else "float32"
+        args.batch_sizes = args.batch_sizes or ([256, 64] if cuda else [64, 2])[-len(args.presets):]
+        if len(args.batch_sizes) != len(args.presets):
+            parser.error("--batch-sizes: give one per preset")
+        torch.manual_seed(0)
+        torch.set_float32_matmul_precision("high")
+        name = torch.cuda.get_device_name(args.device) if cuda else f"CPU, {torch.get_num_threads()} threads"
+        report(f"{name}, torch {torch.__version__}, {args.what}", device=name, torch=torch.__version__, what=args.what)
+        commands[args.what](args, report)
 
 
 if __name__ == "__main__":
