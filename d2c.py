@@ -180,6 +180,12 @@ class DiscreteGenerator(nn.Module):
         """Load LlamaGen's weights, strictly, into a model of the same sizes. Raises RuntimeError naming keys."""
         self.load_state_dict({key: value for key, value in state.items() if key != "freqs_cis"})  # a table, not a weight
 
+    def compile(self, **options):
+        """torch.compile what repeats, in place: the block (all layers share its graph) for training, a code for sampling."""
+        for layer in self.layers:
+            layer.compile(**options)
+        self.decode_one = torch.compile(self.decode_one, **options)
+
     def embed_labels(self, labels):
         """labels (B,), -1 for no class -> (B,1,D); the null class is the last row of the table."""
         return self.cls_embedding["embedding_table"](labels.where(labels >= 0, self.config.num_classes))[:, None]
@@ -485,7 +491,7 @@ class ContinuousGenerator(nn.Module):
 
     checkpointing = False  # recompute the blocks in the backward pass: a third more time, far less memory
 
-    denoising_step = staticmethod(denoising_step)  # compile_sampling puts a compiled one in its place
+    denoising_step = staticmethod(denoising_step)  # `compile` puts a compiled one in its place
 
     ADDED = ("fusion.", "code_embedding.", "null_code", "guess.")  # the parameters that MAR does not have
 
@@ -557,6 +563,15 @@ class ContinuousGenerator(nn.Module):
             raise RuntimeError(f"missing keys {missing[:4]}, unexpected keys {extra[:4]}")
         if self.config.fusion != "none" and fresh:
             self.start_fusion()  # the queries start on the position table, which has just changed
+
+    def compile(self, **options):
+        """torch.compile what repeats, in place: the blocks, which share a few graphs, and the diffusion network. Sizes that
+        change between calls (of places visible, hidden, drawn) become symbols when they first do: no size is padded, and none
+        compiles anew."""
+        for block in [*self.encoder_blocks, *self.decoder_blocks]:
+            block.compile(**options)
+        self.denoising_step = torch.compile(denoising_step, **options)
+        self.diffloss["net"].denoise = torch.compile(self.diffloss["net"].denoise, **options)
 
     @torch.no_grad()
     def start_fusion(self, codebook=None):
@@ -710,20 +725,6 @@ def generate(discrete, continuous, labels, cfg1=1.0, temperature1=1.0, top_k=0, 
     if continuous is not None:
         latents = continuous.generate(labels, codes, steps, cfg2, temperature2, diffusion_steps, clip, generator)
     return codes, latents
-
-
-def compile_sampling(discrete, continuous):
-    """torch.compile what sampling repeats, in place; either model may be None.
-
-    Nothing is padded: a size that differs in the second call becomes a symbol, and from then on no size compiles anew. Of
-    the trunk only the block is compiled: all blocks share its graphs, which takes seconds instead of minutes.
-    """
-    if discrete is not None:
-        discrete.decode_one = torch.compile(discrete.decode_one)
-    if continuous is not None:
-        continuous.denoising_step = torch.compile(denoising_step)
-        for block in [*continuous.encoder_blocks, *continuous.decoder_blocks]:
-            block.compile()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

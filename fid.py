@@ -207,6 +207,14 @@ def inception_from_state(state):
     return model
 
 
+def fold_batch_norms(model):
+    """In eval mode a batch norm is a scale and a shift: let the convolution before it do both."""
+    for layer in model.modules():
+        if isinstance(layer, Conv):
+            layer.conv, layer.bn = fuse_conv_bn_eval(layer.conv, layer.bn), nn.Identity()
+    return model
+
+
 def published_weights():
     """The path of pytorch-fid's weight file in torch's cache, downloaded on first use."""
     path = Path(torch.hub.get_dir()) / "checkpoints" / WEIGHTS
@@ -227,10 +235,7 @@ def load_inception(path, device="cpu"):
     except Exception as error:  # not a torch file, not a dict of tensors, other keys, other shapes
         raise InputError(f"{path}: damaged, or not the weights of {WEIGHTS} ({str(error)[:150]}); name another file with "
                          "--weights, or delete it and without the flag a new one is downloaded") from error
-    for layer in model.modules():
-        if isinstance(layer, Conv):  # in eval mode a batch norm is a scale and a shift: the convolution can do both
-            layer.conv, layer.bn = fuse_conv_bn_eval(layer.conv, layer.bn), nn.Identity()
-    return model.to(device, memory_format=torch.channels_last)
+    return fold_batch_norms(model).to(device, memory_format=torch.channels_last)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from d2c import PRESETS, ContinuousConfig, ContinuousGenerator, DiscreteConfig, DiscreteGenerator, compile_sampling, generate
+from d2c import PRESETS, ContinuousConfig, ContinuousGenerator, DiscreteConfig, DiscreteGenerator, generate
 from tokenizers import (KL16_SCALE, InputError, KLTokenizer, Parser, Processes, SharedArrays, VQTokenizer, autocast,
                         clock, crc_of, load_published, load_tokenizers, not_negative, positive, read_checkpoint,
                         read_image, seed_number, seed_of, to_float, to_map, to_uint8, write_atomically)
@@ -350,8 +350,9 @@ def main(argv=None):
             pipeline = Pipeline(args, processes.device)
             chosen = choose_classes(args.classes, pipeline.classes)
             out = prepare_output(args, processes)
-            if args.compile:
-                compile_sampling(pipeline.discrete, pipeline.continuous)
+            for model in (pipeline.discrete, pipeline.continuous):
+                if args.compile and model:
+                    model.compile()
             for cfg1 in args.sweep1 or [pipeline.settings["cfg1"]]:
                 for cfg2 in args.sweep or [pipeline.settings["cfg2"]]:
                     pipeline.settings.update(cfg1=cfg1, cfg2=cfg2)

@@ -130,7 +130,7 @@ def stage2_batch(config, batch, device):
     hidden = math.ceil(HIDDEN * places)
     order = torch.rand(batch, places, device=device).argsort(1)
     return (torch.randn(batch, places, config.channels, device=device), order[:, hidden:], order[:, :hidden],
-            torch.randint(1000, (batch,), device=device), torch.randint(config.codebook_size, (batch, places), device=device),
+            torch.randint(1000, (batch,), device=device), torch.randint(max(1, config.codebook_size), (batch, places), device=device),
             torch.randint(1000, (batch, hidden, config.noise_levels), device=device),
             torch.randn(batch, hidden, config.noise_levels, config.channels, device=device))
 
@@ -142,7 +142,7 @@ def training_step(model, arguments, args):
         with autocast(args.device, args.dtype):
             loss = model(*arguments)
         loss.backward()
-    return run
+    return run  # returns nothing: dropout differs between eager and compiled
 
 
 def inference(function, arguments, args, dtype=None):
@@ -150,7 +150,7 @@ def inference(function, arguments, args, dtype=None):
     @torch.no_grad()
     def run():
         with autocast(args.device, dtype or args.dtype):
-            function(*arguments)
+            return function(*arguments)
     return run
 
 
@@ -172,7 +172,8 @@ def sampling_loops(name, batch, args):
     settings, full = d2c.PRESETS[name]["sample"], "tf32" if args.device.type == "cuda" else "float32"
     vq, kl, *generators = (model.to(args.device).eval() for model in make_models(name))
     copies = [copy.deepcopy(model) for model in generators]
-    d2c.compile_sampling(*copies)
+    for model in copies:
+        model.compile()
     (discrete, continuous), config, places = generators, generators[0].config, math.prod(generators[0].config.grid)
 
     filled, position = 3 * places // 4, torch.tensor([3 * places // 4 - 1], device=args.device)
@@ -197,7 +198,7 @@ def sampling_loops(name, batch, args):
     scale, index = torch.tensor(2.0, device=args.device), torch.tensor([7], device=args.device)
     z = torch.randn(2 * batch * drawn, config.head_width, device=args.device)
     yield ("stage 2, one denoising step", batch / settings["steps"] / settings["diffusion_steps"], full, None,
-           *(inference(model.denoising_step, (continuous.diffloss["net"].denoise, x, z, noise, tables, index, 1.0, scale, settings["clip"]),
+           *(inference(model.denoising_step, (model.diffloss["net"].denoise, x, z, noise, tables, index, 1.0, scale, settings["clip"]),
                        args) for model in (continuous, copies[1])))
 
     codes = torch.zeros(batch, *config.grid, dtype=torch.int64, device=args.device)
@@ -209,7 +210,7 @@ def sampling_loops(name, batch, args):
 
 def inception_loop(args):
     """As training_loops, for fid.py's network with random weights."""
-    network = fid.InceptionV3().to(args.device, memory_format=torch.channels_last).eval()
+    network = fid.fold_batch_norms(fid.InceptionV3()).to(args.device, memory_format=torch.channels_last)
     images = torch.randn(args.inception_batch, 3, 299, 299, device=args.device).contiguous(memory_format=torch.channels_last)
     yield ("Inception", len(images), "float32", None,
            *(inference(call, (images,), args, "float32") for call in (network, torch.compile(network))))
@@ -231,13 +232,16 @@ def measure_loops(args, report):
             best = min(statistics.median(values) for values in taken.values())
             memory = peak_memory(eager, args.device)
             graphs = counters["stats"]["unique_graphs"]
+            one, other = (value[0] if isinstance(value, tuple) else value for value in (eager(), compiled()))
+            gap = None if one is None else ((one - other).abs().max() / one.abs().max()).item()
             unit = "GB/s" if read else "GFLOP/s"
             report(f"{group:6} {name:32} eager {spread([1e3 * t for t in taken['eager']])} ms, compiled "
                    f"{spread([1e3 * t for t in taken['compiled']])} ms, {ratio(taken['compiled'], taken['eager'])} of it; "
                    f"{pictures / best:.4g} pictures/s, {work / best / 1e9:.4g} {unit}, {work / best / limits[bound]:.0%} of {bound}; "
-                   f"{memory / 2**30 if memory else math.nan:.2f} GiB; {graphs} graphs in {compilation:.0f} s",
+                   f"{memory / 2**30 if memory else math.nan:.2f} GiB; {graphs} graphs in {compilation:.0f} s"
+                   + (f", equal to {gap:.0e}" if gap is not None else ""),
                    preset=group, loop=name, pictures_per_call=pictures, seconds=taken, work=work, unit=unit, ceiling=bound,
-                   share=work / best / limits[bound], peak_bytes=memory, graphs=graphs, compilation_seconds=compilation)
+                   share=work / best / limits[bound], difference=gap, peak_bytes=memory, graphs=graphs, compilation_seconds=compilation)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -267,7 +271,7 @@ def measure_originals(args, report):
         ours = d2c.ContinuousGenerator.from_published(theirs.state_dict()).to(device)
         latents, visible, hidden, labels, _, t, noise = stage2_batch(ours.config, 2 * batch, device)
         maps, rows = to_map(latents, ours.config.grid), (latents, visible, hidden, labels, None, t, noise)
-        runs = {"MAR": lambda: training_step(theirs, (maps, labels), args)(), "ours": training_step(ours, rows, args)}
+        runs = {"MAR": training_step(theirs, (maps, labels), args), "ours": training_step(ours, rows, args)}
         report_race(f"stage 2, training step of {2 * batch}", runs, args, report)
 
         theirs, ours, labels = theirs.eval(), ours.eval(), labels[:batch]

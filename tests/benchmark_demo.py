@@ -1,6 +1,7 @@
 """How good are the demo's pictures, and what are the codes and the fusion worth?  Makes the figures of the README.
 
     python tests/benchmark_demo.py demo --weights pt_inception-2015-12-05-6726825d.pth      the run in runs/demo
+    python tests/benchmark_demo.py demo --flags --diffusion-steps 50:5                      the same, sampled otherwise
     python tests/benchmark_demo.py cross --steps 4 8 16      a row of the README's table: trains seeds 0 and 1, then measures them
     python tests/benchmark_demo.py codes|none|qformer|aligned                                                  the other rows
     python tests/benchmark_demo.py noise                     --code-noise 0 against 0.1, with codes of stage 1 and of real pictures
@@ -16,6 +17,7 @@ applied to 1,000 sampled pictures:
 Real pictures for all of them come from seeds that no training uses. What is made on the way is kept in --folder, and an
 interrupted command goes on from there.
 """
+import argparse
 import shutil
 import sys
 from pathlib import Path
@@ -171,9 +173,9 @@ def summary(measured):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def measure_demo(rulers, run):
-    """Real pictures, and what the run draws; coarse and fine."""
-    coarse, fine, labels = sample_pictures(run)
+def measure_demo(rulers, run, flags):
+    """Real pictures, and what the run draws with the preset's settings and `flags`; coarse and fine."""
+    coarse, fine, labels = sample_pictures(run, flags)
     for name, pictures in (("real", real_pictures(len(labels), TEST_SEED)[0]), ("coarse", coarse), ("fine", fine)):
         print(f"{name:6}  {summary([rulers.measure(pictures, labels)])}", flush=True)
 
@@ -212,6 +214,7 @@ def main(argv=None):
     parser.add_argument("--steps", type=positive, nargs="+", default=[8], help="numbers of token steps to sample with")
     parser.add_argument("--cfg2", default="1.5", help="guidance of stage 2 in rows and noise (default 1.5)")
     parser.add_argument("--temperature2", default="1.0", help="its temperature there (default 1.0)")
+    parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="of `demo`, last: flags of sample.py, as --diffusion-steps 50:5")
     args = parser.parse_args(argv)
     settings = ["--cfg2", args.cfg2, "--temperature2", args.temperature2]
     with parser.plain_errors():
@@ -220,7 +223,7 @@ def main(argv=None):
         except fid.InputError as error:
             parser.error(error)
         if args.what == "demo":
-            measure_demo(rulers, args.run)
+            measure_demo(rulers, args.run, args.flags)
         elif args.what == "noise":
             measure_noise(rulers, args.folder, args.seeds, settings)
         else:

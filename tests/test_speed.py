@@ -1,0 +1,133 @@
+"""What speed must not cost: compiled and eager agree, nothing is compiled anew, nothing waits for the device."""
+import copy
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+import adapters
+import d2c
+from test_models import batch, continuous, discrete
+
+
+class Counter:
+    """A compiler that compiles nothing and counts the graphs it is handed; no C++ compiler needed."""
+
+    def __init__(self):
+        self.graphs = 0
+
+    def __call__(self, graph, example_inputs):
+        self.graphs += 1
+        return graph.forward
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def test_stage1_compiles_one_code_once():
+    model, labels = discrete(), torch.tensor([3, 5, 7])
+    compiled, backend = copy.deepcopy(model), Counter()
+    compiled.compile(backend=backend)
+
+    def codes(model, **settings):
+        return model.generate(labels, generator=torch.Generator().manual_seed(0), **settings)
+
+    assert torch.equal(codes(compiled, cfg_scale=2.0), codes(model, cfg_scale=2.0))
+    warm = backend.graphs
+    assert warm <= 2  # the first quarter of the cache, and all others
+    for settings in (dict(cfg_scale=3.0), dict(cfg_scale=2.0, temperature=0.5, top_k=3, top_p=0.9), dict(cfg_scale=2.0, cfg_interval=4)):
+        assert torch.equal(codes(compiled, **settings), codes(model, **settings))
+    assert backend.graphs == warm
+
+
+@pytest.mark.parametrize("kind", ["none", "cross", "qformer"])
+def test_stage2_compiles_nothing_after_warm_up(kind):
+    """Whatever the number of token steps, and with it of places visible and drawn, of diffusion steps, and the guidance."""
+    model = continuous(kind, grid=(8, 8))
+    compiled, backend = copy.deepcopy(model), Counter()
+    compiled.compile(backend=backend)
+    labels, codes = torch.tensor([3, 5, 7]), torch.randint(16, (3, 64))
+
+    def latents(model, steps, cfg, diffusion_steps):
+        return model.generate(labels, codes, steps, cfg, diffusion_steps=diffusion_steps, generator=torch.Generator().manual_seed(0))
+
+    for settings in ((16, 2.0, 3), (5, 2.0, (4, 3))):
+        latents(compiled, *settings)
+    warm = backend.graphs
+    assert warm <= 8  # a block: first sizes, any sizes, and the last one twice; a denoising step: first, any rows, any schedule
+    for settings in ((16, 3.0, 4), (9, 2.5, 6), (3, 2.0, (6, 2))):
+        torch.testing.assert_close(latents(compiled, *settings), latents(model, *settings), atol=1e-5, rtol=1e-5)
+    assert backend.graphs == warm
+
+
+def test_training_compiles_nothing_after_warm_up():
+    """The number of hidden places differs from step to step."""
+    model = continuous("cross", grid=(8, 8)).train()
+    compiled, backend = copy.deepcopy(model), Counter()
+    compiled.compile(backend=backend)
+    latents, labels, codes = torch.randn(3, 64, 4), torch.tensor([3, 5, -1]), torch.randint(16, (3, 64))
+    order = torch.rand(3, 64).argsort(1)
+
+    def loss(model, hidden):
+        generator = torch.Generator().manual_seed(hidden)
+        t, noise = torch.randint(1000, (3, hidden, 2), generator=generator), torch.randn(3, hidden, 2, 4, generator=generator)
+        return model(latents, order[:, hidden:], order[:, :hidden], labels, codes, t, noise)
+
+    for hidden in (45, 50, 64, 63):  # 64 hidden: none visible
+        loss(compiled, hidden)
+    warm = backend.graphs
+    for hidden in (46, 47, 53, 60, 61, 62, 64):
+        torch.testing.assert_close(loss(compiled, hidden), loss(model, hidden))
+    assert backend.graphs == warm
+
+
+@pytest.mark.parametrize("kind", ["none", "cross", "qformer", "aligned"])
+def test_wanted_places_are_as_if_all_were_computed(kind):
+    model, (latents, order, labels, codes) = continuous(kind), batch()
+    context, wanted = model.prepare(codes), order[:, 9:12]
+    everywhere = model.condition(latents, order[:, :6], labels, context)
+    expected = everywhere.gather(1, wanted[..., None].expand(-1, -1, everywhere.shape[2]))
+    torch.testing.assert_close(model.condition(latents, order[:, :6], labels, context, wanted), expected, atol=1e-6, rtol=1e-6)
+
+
+def test_few_rows_are_as_many():
+    """Stage 1's linear layers take another way for up to four rows."""
+    layer, x = d2c.Linear(32, 48), torch.randn(6, 1, 32)
+    for rows in (1, 2, 4):
+        torch.testing.assert_close(layer(x[:rows]), layer(x)[:rows], atol=1e-6, rtol=1e-6)
+
+
+def test_nothing_waits_for_the_device():
+    """Fake tensors have no values: a loop that asks for one (.item(), a boolean index) would fail, as this shows first."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        with pytest.raises(DataDependentOutputException):
+            torch.ones(3).sum().item()
+        latents, order, labels, codes = batch()
+        t, noise = torch.randint(1000, (3, 10, 2)), torch.randn(3, 10, 2, 4)
+        assert discrete().generate(labels, 2.0, 0.9, top_k=3, top_p=0.9).shape == (3, 16)
+        assert continuous("cross").generate(labels, codes, 4, 2.0, diffusion_steps=(6, 4), clip=5.0).shape == (3, 16, 4)
+        discrete()(codes, labels).backward()
+        continuous("cross")(latents, order[:, :6], order[:, 6:], labels, codes, t, noise).backward()
+
+
+def test_annealed_diffusion_steps():
+    assert [d2c.annealed((50, 5), k, 10) for k in (0, 5, 9)] == [50, 25, 5]
+    assert d2c.annealed((50, 5), 0, 1) == 50 and d2c.annealed(100, 3, 8) == 100
+    model, (_, _, labels, codes) = continuous("cross"), batch()
+    plain, constant, falling = (model.generate(labels, codes, 4, 2.0, diffusion_steps=steps, generator=torch.Generator().manual_seed(0))
+                                for steps in (6, (6, 6), (6, 2)))
+    assert torch.equal(plain, constant) and not torch.equal(plain, falling)
+
+
+@pytest.mark.parametrize("steps, rows", [(4, 1), (4, 5)])
+def test_compiled_denoising_agrees(steps, rows):
+    """Through the compiler's own decompositions (aot_eager), with one row and with several, whole chains of steps."""
+    net = adapters.draw_parameters(d2c.Denoiser(4, 32, 2, 8), 0)
+    z, noise = torch.randn(2 * rows, 32), torch.randn(steps + 1, rows, 4)
+    step = torch.compile(d2c.denoising_step, backend="aot_eager")
+    one, other = (d2c.diffusion_sample(net.denoise, z, noise, 0.9, 2.0, steps, 5.0, f) for f in (d2c.denoising_step, step))
+    torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
