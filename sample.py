@@ -27,7 +27,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from d2c import PRESETS, ContinuousConfig, ContinuousGenerator, DiscreteConfig, DiscreteGenerator, generate
 from tokenizers import (KL16_SCALE, InputError, KLTokenizer, Parser, Processes, SharedArrays, VQTokenizer, autocast,
-                        clock, crc_of, load_published, load_tokenizers, not_negative, positive, read_checkpoint,
+                        bf16_wanted, clock, crc_of, load_published, load_tokenizers, not_negative, positive, read_checkpoint,
                         read_image, seed_number, seed_of, to_float, to_map, to_uint8, write_atomically)
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -65,13 +65,21 @@ def load_generator(path, stage, raw=False):
     return model, file
 
 
+def cast_weights(model):
+    """Keep in bf16 what autocast would otherwise cast to it for every token: linear layers, but for the diffusion network's,
+    which samples in float32."""
+    for name, layer in model.named_modules():
+        if isinstance(layer, torch.nn.Linear) and not name.startswith("diffloss."):
+            layer.bfloat16()
+
+
 class Pipeline:
     """The loaded models and their sampling settings. `vq` and `discrete` make codes and the coarse picture, `kl` and
     `continuous` the fine one; with published files either pair may be missing (None). Raises InputError."""
 
     def __init__(self, args, device):
-        self.device, self.vq, self.kl, self.discrete, self.continuous = device, None, None, None, None
-        stage1, stage2, file1, file2 = args.stage1, args.stage2, {}, {}
+        self.device, self.dtype, self.vq, self.kl, self.discrete, self.continuous = device, args.dtype, None, None, None, None
+        stage1, stage2, file1, file2 = args.stage1, None if args.coarse else args.stage2, {}, {}
         if args.published:
             if not (args.vq and stage1) and not (args.kl and stage2):
                 raise InputError("published weights come in pairs: --vq with --stage1 (coarse), --kl with --stage2 (fine), or all")
@@ -81,7 +89,8 @@ class Pipeline:
                 self.kl = load_published(KLTokenizer.from_published, args.kl)
         else:
             self.vq, self.kl, _, _ = load_tokenizers(run_file(args.run, "tokenizers.pt", 0))
-            stage1, stage2 = run_file(args.run, "stage1.pt", 1), run_file(args.run, "stage2.pt", 2)
+            stage1 = run_file(args.run, "stage1.pt", 1)
+            stage2 = None if args.coarse else run_file(args.run, "stage2.pt", 2)
         if stage1 and self.vq:
             self.discrete, file1 = load_generator(stage1, 1, args.raw)
         if stage2 and self.kl:
@@ -97,6 +106,9 @@ class Pipeline:
                 raise InputError(f"{path}: was trained on tokens of other tokenizers; train it again, or give back the old ones")
         for part in parts:
             part.to(device).eval()
+        for part in (self.discrete, self.continuous):
+            if part and bf16_wanted(device, args.dtype):
+                cast_weights(part)
         config, file = (self.continuous or self.discrete).config, file2 or file1
         self.grid = tuple(config.grid)
         self.size = self.grid[0] * (self.vq if self.discrete else self.kl).config.factor  # side of a picture in pixels
@@ -132,11 +144,11 @@ class Pipeline:
                 raise InputError(f"{what}: {one} has {value}, {other} has {expected}; these do not belong together")
 
     @torch.no_grad()
-    def pictures(self, labels, generator, dtype="auto", only_last=False):
+    def pictures(self, labels, generator, only_last=False):
         """labels (B,) -> coarse and fine pictures, as far as there are models (only the last with `only_last`): a list of
         uint8 (B,S,S,3)."""
         settings = {name: value for name, value in self.settings.items() if name != "batch_size"}
-        with autocast(self.device, dtype):
+        with autocast(self.device, self.dtype):
             codes, latents = generate(self.discrete, self.continuous, labels, generator=generator, **settings)
         made = []  # decoded in full precision
         if codes is not None and not (only_last and latents is not None):
@@ -196,7 +208,7 @@ def make_pictures(pipeline, labels, plan, args, processes, folder):
         generator = torch.Generator(pipeline.device).manual_seed(seed_of(args.seed, 3, k))  # 3: not a stage's number
         place = slice(k * batch_size, (k + 1) * batch_size)
         chunk = torch.tensor(labels[place], device=pipeline.device)
-        for kind, pictures in enumerate(pipeline.pictures(chunk, generator, args.dtype, only_last=args.out.suffix == ".npz")):
+        for kind, pictures in enumerate(pipeline.pictures(chunk, generator, only_last=args.out.suffix == ".npz")):
             shared.arrays["pictures"][kind, place] = pictures
         shared.mark(k)
         left = min((len(shared.todo) - turn - 1) * processes.size * batch_size, number - batch_size)
@@ -305,6 +317,7 @@ def parse(argv):
     add("--top-p", type=not_negative, help="stage 1: keep the likeliest codes of total probability p (default 1: all)")
     add("--steps", type=positive, help="token steps of stage 2")
     add("--diffusion-steps", type=annealing, metavar="100, 50:5", help="denoising steps per token, or from the first token step to the last")
+    add("--coarse", action="store_true", help="stage 1 alone: coarse pictures")
     add("--raw", action="store_true", help="the raw weights instead of their average (EMA)")
     add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
     add("--dtype", choices=("auto", "bf16", "float32"), default="auto", help="of matrix products (auto: bf16 on CUDA)")

@@ -290,12 +290,15 @@ class SharedArrays:
             self.written, self.flushed = [], time.time()
 
 
+def bf16_wanted(device, dtype):
+    """Does `--dtype auto|bf16|float32` mean bf16 matrix products on this device? By default on GPUs that have them."""
+    return dtype == "bf16" or (dtype == "auto" and device.type == "cuda"
+                               and torch.cuda.is_bf16_supported(including_emulation=False))
+
+
 def autocast(device, dtype):
-    """bf16 matrix products where asked for, by default on GPUs that have them; never fp16, the source of the originals'
-    NaNs."""
-    wanted = dtype == "bf16" or (dtype == "auto" and device.type == "cuda"
-                                 and torch.cuda.is_bf16_supported(including_emulation=False))
-    return torch.autocast(device.type, torch.bfloat16, enabled=wanted)
+    """bf16 matrix products where wanted; never fp16, the source of the originals' NaNs."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=bf16_wanted(device, dtype))
 
 
 def seed_of(*numbers):

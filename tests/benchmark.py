@@ -171,6 +171,9 @@ def sampling_loops(name, batch, args):
     """As training_loops. Guidance is on: 2 * batch rows."""
     settings, full = d2c.PRESETS[name]["sample"], "tf32" if args.device.type == "cuda" else "float32"
     vq, kl, *generators = (model.to(args.device).eval() for model in make_models(name))
+    if args.matmul == "bf16":
+        for model in generators:
+            sample.cast_weights(model)
     copies = [copy.deepcopy(model) for model in generators]
     for model in copies:
         model.compile()
@@ -386,7 +389,7 @@ def measure_precision(args, report):
     torch.set_float32_matmul_precision("highest")
     preset, processes = d2c.PRESETS["demo"], Processes(str(args.device))
     cache = TokenCache(args.run / "tokens")
-    pipeline = sample.Pipeline(sample.parse(["--run", str(args.run)])[1], args.device)
+    pipeline = sample.Pipeline(sample.parse(["--run", str(args.run), "--dtype", "float32"])[1], args.device)
     config, settings = pipeline.continuous.config, pipeline.settings
     rulers = benchmark_demo.Rulers(args.folder)
     pictures, labels = benchmark_demo.real_pictures(1000, benchmark_demo.TEST_SEED)

@@ -7,6 +7,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 import adapters
 import d2c
+import fusion
+import sample
 from test_models import batch, continuous, discrete
 
 
@@ -94,11 +96,16 @@ def test_wanted_places_are_as_if_all_were_computed(kind):
     torch.testing.assert_close(model.condition(latents, order[:, :6], labels, context, wanted), expected, atol=1e-6, rtol=1e-6)
 
 
-def test_few_rows_are_as_many():
-    """Stage 1's linear layers take another way for up to four rows."""
-    layer, x = d2c.Linear(32, 48), torch.randn(6, 1, 32)
-    for rows in (1, 2, 4):
-        torch.testing.assert_close(layer(x[:rows]), layer(x)[:rows], atol=1e-6, rtol=1e-6)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rows", [(1, 1), (3, 0), (4, 1), (2, 130)])
+def test_linear_layers_agree_with_and_without_gradients(rows, bias):
+    """Large ones take another way through torch without."""
+    layer, x = fusion.Linear(512, 768, bias=bias), torch.randn(*rows, 512)
+    with torch.no_grad():
+        quick = layer(x)
+        transposed = layer(x.transpose(0, 1)).transpose(0, 1)
+    torch.testing.assert_close(quick, layer(x).detach(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(transposed, quick, atol=1e-5, rtol=1e-5)
 
 
 def test_nothing_waits_for_the_device():
@@ -131,3 +138,13 @@ def test_compiled_denoising_agrees(steps, rows):
     step = torch.compile(d2c.denoising_step, backend="aot_eager")
     one, other = (d2c.diffusion_sample(net.denoise, z, noise, 0.9, 2.0, steps, 5.0, f) for f in (d2c.denoising_step, step))
     torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+
+
+def test_casting_weights_once_is_what_autocast_does():
+    _, _, labels, codes = batch()
+    for model, settings in ((discrete(), (2.0,)), (continuous("cross"), (codes, 4, 2.0, 1.0, 5))):
+        cast = copy.deepcopy(model)
+        sample.cast_weights(cast)
+        with torch.autocast("cpu", torch.bfloat16):
+            one, other = (m.generate(labels, *settings, generator=torch.Generator().manual_seed(0)) for m in (model, cast))
+        assert torch.equal(one, other)

@@ -1,0 +1,220 @@
+"""CIFAR-10 with the real FID: every figure of the README's section about it, a command each.
+
+    python tests/benchmark_cifar.py reconstruction            stage 0, and the FID of both tokenizers' reconstructions
+    python tests/benchmark_cifar.py row codes|none|cross|qformer|aligned     trains what the row needs, then FID over guidance
+    python tests/benchmark_cifar.py steps cross               FID over the number of token steps and of diffusion steps
+    python tests/benchmark_cifar.py progress cross            FID of raw and averaged weights as they are now; a line a call
+    python tests/benchmark_cifar.py picture cross             ten classes: coarse above fine above real
+
+All of them need --data cifar10.npz and --weights FILE (or download Inception's). FID is against the statistics of the training
+pictures, by `fid.py` with the half-pixel resize of pytorch-fid, as CIFAR-10 papers measure it. Any command may be cut off
+(`timeout 590 python ...`: training saves when it is told to stop) and given again: it goes on, and no FID that is in --folder
+is measured twice.
+"""
+import contextlib
+import io
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import fid  # noqa: E402
+import sample  # noqa: E402
+import train  # noqa: E402
+from tokenizers import (Parser, choose_device, load_tokenizers, not_negative, positive, read_checkpoint, to_float,  # noqa: E402
+                        to_uint8, write_atomically)
+
+KINDS = ["codes", "none", "cross", "qformer", "aligned"]
+CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+
+
+class Results:
+    """{name: value} in a file, each measured once."""
+
+    def __init__(self, path):
+        self.path = path
+        self.values = json.loads(path.read_text()) if path.exists() else {}
+
+    def once(self, name, measure):
+        if name not in self.values:
+            self.values[name] = measure()
+            write_atomically(self.path, lambda temporary: temporary.write_text(json.dumps(self.values, indent=1)))
+        return self.values[name]
+
+
+def statistics_of(args):
+    """Statistics of the training pictures, made once."""
+    path = args.folder / f"statistics-{args.reference}.npz"
+    if not path.exists():
+        pictures = read_pictures(args, args.reference)
+        part = args.folder / "reference.npz"
+        write_atomically(part, lambda temporary: np.savez(temporary, arr_0=pictures))
+        fid.main([f"{part}:arr_0", "--make-stats", str(path), "--metrics", "IS", *fid_flags(args)])
+        part.unlink()
+    return path
+
+
+def read_pictures(args, count):
+    with np.load(args.data, allow_pickle=False) as file:
+        return file["images"][:count]
+
+
+def fid_flags(args):
+    return ["--resize", "half_pixel", "--device", args.device.type, "--batch-size", "250" if args.device.type == "cuda" else "50",
+            *(["--weights", args.weights] if args.weights else [])]
+
+
+def measure(args, results, path, metrics=("FID",)):
+    """{metric: value} of the pictures in an .npz; precision and recall are against as many training pictures."""
+    def run():
+        against = [str(statistics_of(args))] if tuple(metrics) == ("FID",) else [f"{args.data}:images"]
+        with contextlib.redirect_stdout(io.StringIO()) as answer:
+            fid.main([str(path), "--ref", *against, "--metrics", *metrics, "--json", *fid_flags(args)])
+        answer = json.loads(answer.getvalue())
+        return {metric: answer[metric] for metric in metrics}
+
+    return results.once(f"{path.name} {' '.join(metrics)} against {args.reference}", run)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is measured
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def base(args, seed=0):
+    return args.folder / f"seed{seed}"
+
+
+def train_stage(args, run, stage, seed, *flags):
+    """Train a stage, or what is left of it; says how long it took in all, and the peak of the GPU's memory in this call."""
+    steps = {0: args.steps0, 1: args.steps1, 2: args.steps2}[stage]
+    train.main(["--preset", args.preset, "--data", str(args.data), "--out", str(run), "--stage", str(stage), "--seed", str(seed),
+                "--device", args.device.type, *(["--steps", str(steps)] if steps else []), *flags])
+    log = (run / f"stage{stage}.csv").read_text().split()[-1].split(",")
+    memory = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if args.device.type == "cuda" else ""
+    print(f"{run.name}: stage {stage} has {log[0]} steps, {float(log[5]) / 60:.1f} minutes, {log[4]} pictures/s{memory}", flush=True)
+
+
+def trained(args, kind, seed):
+    """The run folder of a fusion `kind`; runs of one seed share tokenizers, tokens and stage 1 (links, to save space)."""
+    first = base(args, seed)
+    train_stage(args, first, 0, seed)
+    train_stage(args, first, 1, seed)
+    if kind == "codes":
+        return first
+    run = args.folder / f"{kind}-seed{seed}"
+    run.mkdir(exist_ok=True)
+    for name in ("tokenizers.pt", "stage0.pt", "stage1.pt", "tokens"):
+        if not (run / name).exists() and (first / name).exists():
+            (run / name).symlink_to((first / name).resolve())
+    return run
+
+
+def samples(args, run, name, *flags):
+    """--num pictures as an .npz beside the run."""
+    path = args.folder / f"{run.name}-{name}.npz"
+    sample.main(["--run", str(run), "--num", str(args.num), "--out", str(path), "--device", args.device.type, *flags])
+    return path
+
+
+def reconstruction(args, results):
+    run = base(args)
+    train_stage(args, run, 0, 0)
+    vq, kl, size, _ = load_tokenizers(run / "tokenizers.pt", args.device)
+    pictures = read_pictures(args, args.reference)
+    for name, decode in (("vq", lambda x: vq.decode(vq.encode(x))), ("kl", lambda x: kl.decode(kl.encode(x).chunk(2, 1)[0]))):
+        path = args.folder / f"reconstruction-{name}.npz"
+        if not path.exists():
+            with torch.no_grad():
+                made = torch.cat([to_uint8(decode(to_float(part).to(args.device))).cpu() for part in torch.from_numpy(pictures).split(500)])
+            write_atomically(path, lambda temporary: np.savez(temporary, arr_0=made.numpy()))
+        with np.load(path, allow_pickle=False) as file:
+            error = float(np.square(file["arr_0"].astype(np.float32) - pictures).mean())
+        print(f"{name}: {10 * np.log10(255**2 / error):.2f} dB, FID {measure(args, results, path)['FID']:.3f} ({len(pictures)} pictures)", flush=True)
+
+
+def row(args, results):
+    """FID at every guidance, and of the best one precision and recall too."""
+    for seed in args.seeds:
+        run = trained(args, args.kind, seed)
+        if args.kind != "codes":
+            train_stage(args, run, 2, seed, "--fusion", args.kind)
+        found = {}
+        for scale in args.guidance:
+            flags = ["--coarse", "--cfg1"] if args.kind == "codes" else ["--cfg2"]
+            path = samples(args, run, f"guidance-{scale:g}", *flags, str(scale))
+            found[path] = measure(args, results, path)["FID"]
+            print(f"{args.kind} seed {seed}, guidance {scale:g}: FID {found[path]:.2f}", flush=True)
+        best = min(found, key=found.get)
+        others = measure(args, results, best, ("precision", "recall"))
+        print(f"{args.kind} seed {seed}: best FID {found[best]:.2f} ({best.name}), precision {others['precision']:.3f}, recall {others['recall']:.3f}", flush=True)
+
+
+def steps(args, results):
+    run = trained(args, args.kind, 0)
+    for token_steps in ("8", "16", "32", "64"):
+        path = samples(args, run, f"steps-{token_steps}", "--steps", token_steps)
+        print(f"{token_steps:>3} token steps: FID {measure(args, results, path)['FID']:.2f}", flush=True)
+    for diffusion_steps in ("25", "50", "100", "50:5"):
+        path = samples(args, run, f"diffusion-{diffusion_steps.replace(':', '-')}", "--diffusion-steps", diffusion_steps)
+        print(f"{diffusion_steps:>4} diffusion steps: FID {measure(args, results, path)['FID']:.2f}", flush=True)
+
+
+def progress(args, results):
+    run = trained(args, args.kind, 0)
+    file = read_checkpoint(run / "stage2.pt")
+    step, loss, validation, _, _, seconds = file["log"][-1]
+    for weights, flags in (("raw", ["--raw"]), ("averaged", [])):
+        path = samples(args, run, f"step{step}-{weights}", *flags)
+        print(f"step {step}, {seconds / 60:.1f} minutes, loss {loss}, validation {validation}, {weights}: "
+              f"FID {measure(args, results, path)['FID']:.2f}", flush=True)
+
+
+def picture(args, results):
+    run = trained(args, args.kind, 0)
+    pipeline = sample.Pipeline(sample.parse(["--run", str(run), "--device", args.device.type])[1], args.device)
+    with np.load(args.data, allow_pickle=False) as file:
+        first = np.unique(file["labels"], return_index=True)[1]                               # a picture per class
+        real = file["images"][first]
+    made = pipeline.pictures(torch.arange(len(first), device=args.device), torch.Generator(args.device).manual_seed(0))
+    sheet = sample.draw_grid(np.stack([*made, real]), CLASSES, ["coarse", "fine", "real"])
+    write_atomically(args.folder / "cifar.png", sheet.save)
+    print(f"saved {args.folder / 'cifar.png'}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def main(argv=None):
+    commands = dict(reconstruction=reconstruction, row=row, steps=steps, progress=progress, picture=picture)
+    parser = Parser(prog="benchmark_cifar.py", description=__doc__.partition("\n")[0])
+    add = parser.add_argument
+    add("what", choices=commands)
+    add("kind", nargs="?", choices=KINDS, default="cross")
+    add("--data", type=Path, default=Path("cifar10.npz"))
+    add("--weights", metavar="FILE", help="Inception weights (default: downloaded once)")
+    add("--folder", type=Path, default=Path("runs/cifar10"), help="where runs, samples and results are kept")
+    add("--preset", default="cifar", help="preset of train.py")
+    add("--steps0", type=positive, help="training steps (default: the preset's)")
+    add("--steps1", type=positive)
+    add("--steps2", type=positive)
+    add("--seeds", type=int, nargs="+", default=[0])
+    add("--guidance", type=not_negative, nargs="+", default=[1.0, 1.5, 2.0, 3.0])
+    add("--num", type=positive, default=50_000, help="pictures sampled")
+    add("--reference", type=positive, default=50_000, help="training pictures to compare with, from the front")
+    add("--device", choices=("auto", "cuda", "cpu"), default="auto")
+    args = parser.parse_args(argv)
+    with parser.plain_errors():
+        args.device = choose_device(args.device)
+        args.folder.mkdir(parents=True, exist_ok=True)
+        commands[args.what](args, Results(args.folder / "results.json"))
+
+
+if __name__ == "__main__":
+    main()
