@@ -39,7 +39,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from fusion import Block, Linear, init_linear, layer_norm, make_fusion, pick, zero
+from fusion import Block, CrossBlock, Linear, init_linear, layer_norm, make_fusion, pick, zero
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Stage 1: the discrete generator
@@ -126,8 +126,8 @@ class DiscreteBlock(nn.Module):
         self.ffn_norm = nn.RMSNorm(config.width, eps=1e-5)
         self.feed_forward = SwiGLU(config)
 
-    def forward(self, x, *where):
-        x = x + self.attention(self.attention_norm(x), *where)
+    def forward(self, x, table, cache=None, position=None, past=None):
+        x = x + self.attention(self.attention_norm(x), table, cache, position, past)
         return x + self.feed_forward(self.ffn_norm(x))
 
 
@@ -191,7 +191,7 @@ class DiscreteGenerator(nn.Module):
 
     def decode_one(self, x, position, cache):
         """The embedded token x (B,1,D) at `position` (1,) -> logits (B,K) of the next code; extends the cache, per layer
-        keys and values (B,heads,N,head_dim)."""
+        keys and values (B,heads,N,head_dim), or of N as many as are needed."""
         past = (torch.arange(cache[0][0].shape[2], device=x.device) <= position)[None]        # (1,N)
         for layer, layer_cache in zip(self.layers, cache):
             x = layer(x, self.rotary[position], layer_cache, position, past)
@@ -377,15 +377,16 @@ def posterior_step(x, eps, fraction, tables, index, clip=math.inf):
     return tables["x0_weight"][index] * x0 + tables["xt_weight"][index] * x, log_variance
 
 
-def diffusion_loss(denoiser, x0, t, noise, z):
+def diffusion_loss(denoiser, x0, t, noise, c):
     """Hybrid loss per row (M,): squared error of the noise, plus the variational bound in bits, which trains the variance
-    alone (the mean enters it without gradient). x0, noise (M,C); t (M,) in 0..999; z (M,D). L_hybrid of Nichol & Dhariwal,
+    alone (the mean enters it without gradient). x0, noise (M,C); t (M,) in 0..999; c (M,*) the condition that `denoiser`
+    takes, Denoiser.denoise's (M,width) say. L_hybrid of Nichol & Dhariwal,
     eq. 16: weight 1 on one of 1000 terms of the bound is their 0.001 on the sum.
     """
     tables = diffusion_schedule(1000, x0.device, x0.dtype)
     t = t[:, None]                                                                            # (M,1)
     x = tables["signal"][t] * x0 + tables["noise"][t] * noise
-    eps, fraction = denoiser(x, t[:, 0], z).to(x0.dtype).chunk(2, dim=-1)                     # (M,C) each
+    eps, fraction = denoiser(x, t[:, 0], c).to(x0.dtype).chunk(2, dim=-1)                     # (M,C) each
     mean, log_variance = posterior_step(x, eps.detach(), fraction, tables, t)
     # The same step with the true noise, and the variance at its lower bound, is the true posterior.
     true_mean, true_log_variance = posterior_step(x, noise, torch.full_like(noise, -1), tables, t)
@@ -406,12 +407,12 @@ def discretised_nll(x, mean, log_std):
     return -inside.clamp(min=1e-12).log()
 
 
-def denoising_step(denoiser, x, z, noise, tables, index, temperature, cfg_scale, clip):
+def denoising_step(denoiser, x, c, noise, tables, index, temperature, cfg_scale, clip):
     """x (M,C) at the noise level of table index `index` -> x (M,C) at the next lower one. noise (M,C); the rest as in
     diffusion_sample. `index` (1,) is a tensor so that one compiled graph serves all steps, and tables stay on the device."""
-    guided = len(z) != len(x)
+    guided = len(c) != len(x)
     with torch.autocast(x.device.type, enabled=False):  # the first step multiplies errors of eps by 300: no bf16 here
-        eps, fraction = denoiser(torch.cat([x, x]) if guided else x, tables["timesteps"][index], z).chunk(2, dim=-1)  # (M or 2M,C)
+        eps, fraction = denoiser(torch.cat([x, x]) if guided else x, tables["timesteps"][index], c).chunk(2, dim=-1)  # (M or 2M,C)
     if guided:
         cond, uncond = eps.chunk(2)                                                           # (M,C) each
         eps, fraction = uncond + cfg_scale * (cond - uncond), fraction[:len(x)]
@@ -420,12 +421,12 @@ def denoising_step(denoiser, x, z, noise, tables, index, temperature, cfg_scale,
 
 
 @torch.no_grad()
-def diffusion_sample(denoiser, z, noise, temperature=1.0, cfg_scale=1.0, steps=100, clip=math.inf, step=denoising_step):
+def diffusion_sample(denoiser, c, noise, temperature=1.0, cfg_scale=1.0, steps=100, clip=math.inf, step=denoising_step):
     """Ancestral sampling of one latent per condition: (M,C).
 
-    denoiser(x (M,C), t (1,), z) -> (M,2C).
+    denoiser(x (M,C), t (1,), c) -> (M,2C), Denoiser.denoise say, on the condition c (M,*).
     noise: an iterable of (M,C) draws, first the start, then one per step (the last is drawn and not used, as in MAR).
-    With guidance z is [cond; uncond] of 2M rows, eps = uncond + cfg_scale (cond - uncond), and the variance is the
+    With guidance c is [cond; uncond] of 2M rows, eps = uncond + cfg_scale (cond - uncond), and the variance is the
     conditional half's. temperature scales the noise of every step. clip bounds the estimate of x0: the cosine schedule's
     first step divides by 5e-5, where a network of few training steps would throw x far off (MAR does not clip).
     step: denoising_step, or a compiled one.
@@ -435,7 +436,7 @@ def diffusion_sample(denoiser, z, noise, temperature=1.0, cfg_scale=1.0, steps=1
     tables = diffusion_schedule(steps, x.device, x.dtype)
     for index in torch.arange(steps, device=x.device).flip(0).split(1):
         step_noise = next(noise)[:len(x)]  # MAR draws for both halves of a guided batch and uses the first
-        x = step(denoiser, x, z, step_noise, tables, index, temperature, cfg_scale, clip)
+        x = step(denoiser, x, c, step_noise, tables, index, temperature, cfg_scale, clip)
     return x
 
 
@@ -555,8 +556,9 @@ class ContinuousGenerator(nn.Module):
         """torch.compile what repeats, in place: the blocks, which share a few graphs, and the diffusion network. Sizes that
         change between calls (of places visible, hidden, drawn) become symbols when they first do: no size is padded, and none
         compiles anew."""
-        for block in [*self.encoder_blocks, *self.decoder_blocks]:
-            block.compile(**options)
+        for module in self.modules():
+            if isinstance(module, (Block, CrossBlock)):
+                module.compile(**options)
         self.denoising_step = torch.compile(denoising_step, **options)
         self.diffloss["net"].denoise = torch.compile(self.diffloss["net"].denoise, **options)
 
@@ -660,10 +662,10 @@ class ContinuousGenerator(nn.Module):
             wanted = torch.cat([places, places]) if guided else places
             z = self.condition(known, seen, labels, context, wanted).flatten(0, 1)            # (B*r or 2B*r,D)
             with torch.autocast(device.type, enabled=False):  # see denoising_step
-                z = net.cond_embed(z.to(latents.dtype))                                       # (B*r or 2B*r,width)
+                c = net.cond_embed(z.to(latents.dtype))                                       # (B*r or 2B*r,width)
             steps = annealed(diffusion_steps, k, num_steps)
             noise = (draw(batch * revealed, channels) for _ in range(steps + 1))
-            tokens = diffusion_sample(net.denoise, z, noise, temperature, guidance[k], steps, clip, self.denoising_step)    # (B*r,C)
+            tokens = diffusion_sample(net.denoise, c, noise, temperature, guidance[k], steps, clip, self.denoising_step)    # (B*r,C)
             latents.scatter_(1, places[..., None].expand(-1, -1, channels), tokens.unflatten(0, (batch, revealed)))
         return latents
 

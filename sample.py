@@ -3,6 +3,8 @@
     python sample.py                                       demo: a labelled grid, coarse row above fine row
     python sample.py --classes star heart --num 20 --cfg2 3 --steps 16
     torchrun --nproc_per_node=8 -- sample.py --run runs/B --num 50000 --out samples.npz    for fid.py: arr_0, uint8 NHWC
+    python sample.py --diffusion-steps 50:5                fewer denoising steps as tokens fill in: twice as fast
+    python sample.py --coarse                              stage 1 alone
     python sample.py --vq vq_ds16_c2i.pt --stage1 c2i_B_256.pt --out llamagen.png          published weights alone:
     python sample.py --kl kl16.ckpt --stage2 mar_base/checkpoint-last.pth --out mar.png    LlamaGen, and MAR
     python sample.py --reconstruct photo.jpg               what each tokenizer keeps: original, VQ, KL
@@ -66,8 +68,8 @@ def load_generator(path, stage, raw=False):
 
 
 def cast_weights(model):
-    """Keep in bf16 what autocast would otherwise cast to it for every token: linear layers, but for the diffusion network's,
-    which samples in float32."""
+    """Keep in bf16 what autocast would cast to it at every call (compiled; eager, once per batch): the weights of linear
+    layers, but for the diffusion network's, which samples in float32."""
     for name, layer in model.named_modules():
         if isinstance(layer, torch.nn.Linear) and not name.startswith("diffloss."):
             layer.bfloat16()
@@ -81,6 +83,8 @@ class Pipeline:
         self.device, self.dtype, self.vq, self.kl, self.discrete, self.continuous = device, args.dtype, None, None, None, None
         stage1, stage2, file1, file2 = args.stage1, None if args.coarse else args.stage2, {}, {}
         if args.published:
+            if args.coarse and not (args.vq and stage1):
+                raise InputError("--coarse: of published weights needs --vq and --stage1")
             if not (args.vq and stage1) and not (args.kl and stage2):
                 raise InputError("published weights come in pairs: --vq with --stage1 (coarse), --kl with --stage2 (fine), or all")
             if args.vq:
@@ -316,7 +320,7 @@ def parse(argv):
     add("--top-k", type=positive, help="stage 1: keep the k likeliest codes (default: all)")
     add("--top-p", type=not_negative, help="stage 1: keep the likeliest codes of total probability p (default 1: all)")
     add("--steps", type=positive, help="token steps of stage 2")
-    add("--diffusion-steps", type=annealing, metavar="100, 50:5", help="denoising steps per token, or from the first token step to the last")
+    add("--diffusion-steps", type=annealing, metavar="N or FIRST:LAST", help="denoising steps per token: a number, or annealed, as 50:5")
     add("--coarse", action="store_true", help="stage 1 alone: coarse pictures")
     add("--raw", action="store_true", help="the raw weights instead of their average (EMA)")
     add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")

@@ -136,12 +136,16 @@ def read_latents(cache, config, code_noise, chosen, part, generator):
 
 @contextlib.contextmanager
 def stop_signals():
-    """A list that receives SIGINT or SIGTERM once, so that the loop can finish its step and save; a second one kills."""
-    received, before = [], {}
+    """A list that receives SIGINT or SIGTERM, so that the loop can finish its step and save; one more after a second kills
+    (`timeout` and job schedulers send the first one twice)."""
+    received, before, first = [], {}, []
 
     def receive(number, frame):
         received.append(number)
-        signal.signal(number, signal.SIG_DFL)
+        first.append(time.monotonic())
+        if first[-1] > first[0] + 1:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
 
     if threading.current_thread() is threading.main_thread():
         before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -150,6 +154,12 @@ def stop_signals():
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def leave_signals(worker):
+    """For processes that read data: a signal to the whole group is for the main one, which saves and then ends them."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def agree_to_stop(received, step, processes):
@@ -278,6 +288,7 @@ def fit(stage, model, train, validation, defaults, run, extra, args, processes, 
 
     model.checkpointing = args.checkpointing
     if args.compile:
+        torch._dynamo.config.optimize_ddp = False  # it would cut each block's small graph to pieces; blocks are overlap enough
         model.compile()
     trained = model
     if processes.size > 1:
@@ -285,7 +296,7 @@ def fit(stage, model, train, validation, defaults, run, extra, args, processes, 
     processes.say(f"stage {stage}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(train.indices)} pictures, "
                   f"steps of {train.batch_size}, {processes.size} process{'es' if processes.size > 1 else ''} on {device}")
     loader = DataLoader(train, batch_size=None, sampler=range(start, steps), num_workers=args.workers,
-                        pin_memory=device.type == "cuda")
+                        pin_memory=device.type == "cuda", worker_init_fn=leave_signals)
     log_every = args.log_every or max(1, min(100, steps // 20))
     losses, saved = [], start  # losses stay on the device until they are logged
     began = last = time.time()

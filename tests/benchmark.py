@@ -6,7 +6,7 @@
     python tests/benchmark.py scaling            stage 2 as the batch and the number of tokens grow
     python tests/benchmark.py precision          the diffusion head in bfloat16 and TF32 against float32, on the run in runs/demo
 
-Weights are random but for the last; nothing here depends on them. Every time is the median of --rounds calls after one that
+Weights are random but for the last; no time depends on them. Every time is the median of --rounds calls after one that
 warms up, with the smallest and the largest behind it. What is compared runs in turn, so that a slow minute hits all alike.
 """
 import copy
@@ -18,22 +18,22 @@ import time
 from pathlib import Path
 
 import numpy as np
+import scipy.stats
 import torch
 import torch.nn.functional as F
 from torch._dynamo.utils import counters
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import benchmark_demo  # noqa: E402
 import d2c  # noqa: E402
 import fid  # noqa: E402
+import fusion  # noqa: E402
 import sample  # noqa: E402
 import train  # noqa: E402
 from tokenizers import (KLTokenizer, Parser, Processes, TokenCache, TokenizerConfig, VQTokenizer, autocast,  # noqa: E402
-                        choose_device, positive, to_map, to_uint8, write_atomically)
-
-HIDDEN = 0.86  # share of hidden places in training: the mean of MAR's draws
+                        bf16_wanted, choose_device, positive, to_map, to_uint8, write_atomically)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Measuring
@@ -52,12 +52,15 @@ def clock(run, device):
 
 
 def in_turn(runs, args):
-    """{name: function} -> {name: seconds of each round}."""
+    """{name: function} -> {name: seconds of a call, in each round}. A round repeats short calls for a tenth of a second."""
+    for run in runs.values():
+        run()  # warms up
+    calls = {name: max(1, round(0.1 / clock(run, args.device))) for name, run in runs.items()}
     taken = {name: [] for name in runs}
-    for _ in range(args.rounds + 1):
+    for _ in range(args.rounds):
         for name, run in runs.items():
-            taken[name].append(clock(run, args.device))
-    return {name: values[1:] for name, values in taken.items()}
+            taken[name].append(clock(lambda: [run() for _ in range(calls[name])], args.device) / calls[name])
+    return taken
 
 
 def spread(values, form=".4g"):
@@ -71,7 +74,8 @@ def ratio(one, other):
 
 
 def peak_memory(run, device):
-    """Bytes at the highest point of a call: on a GPU what torch held, on Linux what the process held, else None."""
+    """Bytes at the highest point of a call, with all models that stand there: on a GPU what torch held, on Linux what the
+    process held, else None."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         run()
@@ -86,7 +90,14 @@ def peak_memory(run, device):
 
 def flops(run):
     """Multiplications and additions of matrix products, convolutions and attention."""
-    with FlopCounterMode(display=False) as counter:
+    def linear(x, weight, bias, out_shape):
+        return 2 * math.prod(x) * weight[0]
+
+    def attention(query, key, value, *others, out_shape, **settings):
+        return sdpa_flop_count(query, key, value)
+
+    counted = {torch.ops.d2c.onednn_linear: linear, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention}
+    with FlopCounterMode(display=False, custom_mapping=counted) as counter:
         run()
     return counter.get_total_flops()
 
@@ -114,20 +125,30 @@ def ceilings(args):
 PUBLISHED = dict(vq=dict(z_channels=256, codebook_size=16384, decoder_attention=True), kl=dict(z_channels=16))
 
 
-def make_models(name, fusion=None, grid=None):
+def make_models(name, kind=None, grid=None):
     """(VQTokenizer, KLTokenizer, DiscreteGenerator, ContinuousGenerator) of a preset, with random weights."""
     preset = d2c.PRESETS[name]
     vq, kl = (cls(TokenizerConfig(**(preset[kind] or PUBLISHED[kind]))) for cls, kind in ((VQTokenizer, "vq"), (KLTokenizer, "kl")))
     common = dict(grid=grid or (preset["size"] // kl.config.factor,) * 2, num_classes=1000, codebook_size=vq.config.codebook_size)
-    return (vq, kl, d2c.DiscreteGenerator(d2c.DiscreteConfig(**common, **preset["stage1"])),
-            d2c.ContinuousGenerator(d2c.ContinuousConfig(**common, channels=kl.config.z_channels, fusion=fusion or preset["fusion"],
-                                                         **preset["stage2"])))
+    discrete = d2c.DiscreteGenerator(d2c.DiscreteConfig(**common, **preset["stage1"]))
+    continuous = d2c.ContinuousGenerator(d2c.ContinuousConfig(**common, channels=kl.config.z_channels,
+                                                              fusion=kind or preset["fusion"], **preset["stage2"]))
+    for parameter in (*discrete.parameters(), *continuous.parameters()):
+        if not parameter.any():  # what starts at zero would hide all that is before it
+            torch.nn.init.normal_(parameter, std=0.02)
+    return vq, kl, discrete, continuous
+
+
+def mean_hidden(config):
+    """The mean share of hidden places in training."""
+    deviation, smallest = config.hidden_share
+    return scipy.stats.truncnorm.mean((smallest - 1) / deviation, 0, loc=1, scale=deviation)
 
 
 def stage2_batch(config, batch, device):
     """Random arguments of ContinuousGenerator.forward, with the mean share of hidden places."""
     places = math.prod(config.grid)
-    hidden = math.ceil(HIDDEN * places)
+    hidden = math.ceil(mean_hidden(config) * places)
     order = torch.rand(batch, places, device=device).argsort(1)
     return (torch.randn(batch, places, config.channels, device=device), order[:, hidden:], order[:, :hidden],
             torch.randint(1000, (batch,), device=device), torch.randint(max(1, config.codebook_size), (batch, places), device=device),
@@ -154,8 +175,14 @@ def inference(function, arguments, args, dtype=None):
     return run
 
 
+def size_of(module):
+    """Bytes of its parameters."""
+    return sum(parameter.nbytes for parameter in module.parameters())
+
+
 def training_loops(name, batch, args):
-    """Yields (name, pictures per call, what bounds it: a ceiling and, of a copy, the bytes; eager and compiled call)."""
+    """Yields (name, pictures per call, precision of its matrix products, bytes of weights and cache that it must read where
+    they are not negligible, eager and compiled call)."""
     *_, discrete, continuous = make_models(name)
     codes = torch.randint(discrete.config.codebook_size, (batch, math.prod(discrete.config.grid)), device=args.device)
     first = codes, torch.randint(1000, (batch,), device=args.device)
@@ -163,7 +190,7 @@ def training_loops(name, batch, args):
         model = model.to(args.device)
         compiled = copy.deepcopy(model)
         compiled.compile()
-        yield (f"stage {stage}, training step", batch, args.matmul, None,
+        yield (f"stage {stage}, training step", batch, args.matmul, 0,
                *(training_step(m, arguments, args) for m in (model, compiled)))
 
 
@@ -182,10 +209,9 @@ def sampling_loops(name, batch, args):
     filled, position = 3 * places // 4, torch.tensor([3 * places // 4 - 1], device=args.device)
     cache = [torch.zeros(2, 2 * batch, config.num_heads, filled, config.width // config.num_heads, device=args.device,
                          dtype=torch.bfloat16 if args.matmul == "bf16" else torch.float32).unbind() for _ in discrete.layers]
-    read = sum(p.nbytes for p in [*discrete.layers.parameters(), *discrete.output.parameters()]) + sum(
-        part.nbytes for pair in cache for part in pair)
+    read = size_of(discrete.layers) + size_of(discrete.output) + sum(part.nbytes for pair in cache for part in pair)
     arguments = torch.randn(2 * batch, 1, config.width, device=args.device), position, cache
-    yield ("stage 1, one code", batch / places, "copy", read,
+    yield ("stage 1, one code", batch / places, args.matmul, read,
            *(inference(model.decode_one, arguments, args) for model in (discrete, copies[0])))
 
     config, drawn = continuous.config, max(1, places // settings["steps"])
@@ -193,21 +219,21 @@ def sampling_loops(name, batch, args):
     order = torch.rand(2 * batch, places, device=args.device).argsort(1)
     with torch.no_grad():
         arguments = latents, order[:, places // 2:], labels, continuous.prepare(codes), order[:, :drawn]
-    yield ("stage 2, trunk, one token step", batch / settings["steps"], args.matmul, None,
+    yield ("stage 2, trunk, one token step", batch / settings["steps"], args.matmul, size_of(continuous) - size_of(continuous.diffloss),
            *(inference(model.condition, arguments, args) for model in (continuous, copies[1])))
 
     x, noise = torch.randn(2, batch * drawn, config.channels, device=args.device)
     tables = d2c.diffusion_schedule(settings["diffusion_steps"], x.device, x.dtype)
     scale, index = torch.tensor(2.0, device=args.device), torch.tensor([7], device=args.device)
     z = torch.randn(2 * batch * drawn, config.head_width, device=args.device)
-    yield ("stage 2, one denoising step", batch / settings["steps"] / settings["diffusion_steps"], full, None,
+    yield ("stage 2, one denoising step", batch / settings["steps"] / settings["diffusion_steps"], full, size_of(continuous.diffloss),
            *(inference(model.denoising_step, (model.diffloss["net"].denoise, x, z, noise, tables, index, 1.0, scale, settings["clip"]),
                        args) for model in (continuous, copies[1])))
 
     codes = torch.zeros(batch, *config.grid, dtype=torch.int64, device=args.device)
     latents = torch.randn(batch, config.channels, *config.grid, device=args.device)
     for kind, model, tokens in (("VQ", vq, codes), ("KL", kl, latents)):
-        yield (f"{kind} decoder", batch, full, None,
+        yield (f"{kind} decoder", batch, full, 0,
                *(inference(call, (tokens,), args, "float32") for call in (model.decode, torch.compile(model.decode))))
 
 
@@ -215,8 +241,15 @@ def inception_loop(args):
     """As training_loops, for fid.py's network with random weights."""
     network = fid.fold_batch_norms(fid.InceptionV3()).to(args.device, memory_format=torch.channels_last)
     images = torch.randn(args.inception_batch, 3, 299, 299, device=args.device).contiguous(memory_format=torch.channels_last)
-    yield ("Inception", len(images), "float32", None,
-           *(inference(call, (images,), args, "float32") for call in (network, torch.compile(network))))
+
+    def in_full(call):
+        def run(x):
+            with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # as fid.py
+                return call(x)
+        return run
+
+    yield ("Inception", len(images), "float32", 0,
+           *(inference(in_full(call), (images,), args, "float32") for call in (network, torch.compile(network))))
 
 
 def measure_loops(args, report):
@@ -226,25 +259,25 @@ def measure_loops(args, report):
     batches = dict(zip(args.presets, args.batch_sizes))
     for group, loops in [*((name, loop(name, batches[name], args)) for name in args.presets for loop in (training_loops, sampling_loops)),
                          ("fid.py", inception_loop(args))]:
-        for name, pictures, bound, read, eager, compiled in loops:
+        for name, pictures, matmul, read, eager, compiled in loops:
             torch._dynamo.reset()
             counters.clear()
             compilation = clock(compiled, args.device)
-            work = read or flops(eager)
+            work = flops(eager)
             taken = in_turn({"eager": eager, "compiled": compiled}, args)
             best = min(statistics.median(values) for values in taken.values())
             memory = peak_memory(eager, args.device)
+            least, bound = max((work / limits[matmul], matmul), (read / limits["copy"], "copy"))  # seconds at the ceiling
             graphs = counters["stats"]["unique_graphs"]
             one, other = (value[0] if isinstance(value, tuple) else value for value in (eager(), compiled()))
             gap = None if one is None else ((one - other).abs().max() / one.abs().max()).item()
-            unit = "GB/s" if read else "GFLOP/s"
             report(f"{group:6} {name:32} eager {spread([1e3 * t for t in taken['eager']])} ms, compiled "
                    f"{spread([1e3 * t for t in taken['compiled']])} ms, {ratio(taken['compiled'], taken['eager'])} of it; "
-                   f"{pictures / best:.4g} pictures/s, {work / best / 1e9:.4g} {unit}, {work / best / limits[bound]:.0%} of {bound}; "
-                   f"{memory / 2**30 if memory else math.nan:.2f} GiB; {graphs} graphs in {compilation:.0f} s"
+                   f"{pictures / best:.4g} pictures/s, {work / best / 1e9:.4g} GFLOP/s, {read / best / 1e9:.3g} GB/s, {least / best:.0%} "
+                   f"of {bound}; peak {'?' if memory is None else f'{memory / 2**30:.2f}'} GiB; {graphs} graphs in {compilation:.0f} s"
                    + (f", equal to {gap:.0e}" if gap is not None else ""),
-                   preset=group, loop=name, pictures_per_call=pictures, seconds=taken, work=work, unit=unit, ceiling=bound,
-                   share=work / best / limits[bound], difference=gap, peak_bytes=memory, graphs=graphs, compilation_seconds=compilation)
+                   preset=group, loop=name, pictures_per_call=pictures, seconds=taken, flops=work, bytes=read, ceiling=bound,
+                   share=least / best, difference=gap, peak_bytes=memory, graphs=graphs, compilation_seconds=compilation)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -253,14 +286,15 @@ def measure_loops(args, report):
 
 
 class FixedShare:
-    """In the place of MAR's random share of hidden places."""
+    """In the place of MAR's random share of hidden places: its mean."""
 
     def rvs(self, size):
-        return [HIDDEN]
+        return [mean_hidden(d2c.ContinuousConfig())]
 
 
 def measure_originals(args, report):
-    """Preset B against the authors' code, in one process, in turn, on the same weights."""
+    """Preset B against the authors' code, in one process, in turn, on the same weights; all of it eager. "by MKL" is ours
+    without `fusion.Linear`'s choice of another library on CPUs."""
     batch, device = args.batch_sizes[-1], args.device
     if device.type == "cpu":
         torch.Tensor.cuda = lambda self, *where, **how: self  # MAR's sampling asks for CUDA
@@ -281,8 +315,8 @@ def measure_originals(args, report):
         runs = {"MAR": inference(lambda: theirs.sample_tokens(bsz=batch, num_iter=8, cfg=2.9, cfg_schedule="linear", labels=labels,
                                                               temperature=1.0), (), args),
                 "ours": inference(lambda: ours.generate(labels, None, 8, 2.9), (), args),
-                "ours, 50:5": inference(lambda: ours.generate(labels, None, 8, 2.9, diffusion_steps=(50, 5)), (), args)}
-        report_race(f"stage 2, sampling {batch} pictures, 8 token steps of 100", runs, args, report)
+                "ours at 50:5": inference(lambda: ours.generate(labels, None, 8, 2.9, diffusion_steps=(50, 5)), (), args)}
+        report_race(f"stage 2, sampling {batch} pictures, 8 token steps of 100 diffusion steps", runs, args, report)
         sys.path.remove(str(args.mar))
     if args.llamagen:
         sys.path.insert(0, str(args.llamagen))
@@ -293,11 +327,25 @@ def measure_originals(args, report):
         torch.nn.init.normal_(theirs.output.weight, std=0.02)  # they start at zero
         state = {key: value for key, value in theirs.state_dict().items() if "freqs" not in key and "cache" not in key}
         ours = d2c.DiscreteGenerator.from_published(state).to(device).eval()
+        if args.matmul == "bf16":  # both as they are used: LlamaGen's is in bf16 throughout
+            theirs = theirs.bfloat16()
+            sample.cast_weights(ours)
         labels = torch.randint(1000, (batch,), device=device)
         runs = {"LlamaGen": inference(lambda: generate(theirs, labels, 256, cfg_scale=2.0, temperature=1.0, top_k=0, top_p=1.0,
-                                                       sample_logits=True), (), args),
+                                                       sample_logits=True), (), args, "float32"),
                 "ours": inference(lambda: ours.generate(labels, 2.0), (), args)}
+        if device.type == "cpu":
+            runs["ours by MKL"] = without_onednn(runs["ours"])
         report_race(f"stage 1, sampling {batch} pictures", runs, args, report)
+
+
+def without_onednn(run):
+    """run() with all linear layers torch's own."""
+    def by_mkl():
+        known, fusion.Linear.KNOWN = fusion.Linear.KNOWN, False
+        run()
+        fusion.Linear.KNOWN = known
+    return by_mkl
 
 
 def report_race(name, runs, args, report):
@@ -314,7 +362,7 @@ def report_race(name, runs, args, report):
 
 
 def measure_fusion(args, report):
-    """Preset B. 16 token steps of 25 keep the balance of trunk and head of 64 steps of 100, at a quarter of the time."""
+    """Preset B. 16 token steps of 25 keep the balance of arithmetic in trunk and head of 64 steps of 100, in a quarter of the time."""
     batch, models = args.batch_sizes[-1], {}
     for kind in ("none", "cross", "qformer", "aligned"):
         models[kind] = make_models("B", kind)[3].to(args.device)
@@ -373,15 +421,11 @@ class TF32(torch.autograd.Function):
 
 def head_in(net, precision):
     """Give the diffusion network `net` another arithmetic for its matrix products; the rest of the model keeps float32."""
-    if precision == "bf16":
-        def denoise(x, t, c):
-            with torch.autocast(x.device.type, torch.bfloat16):
-                return type(net).denoise(net, x, t, c).float()
-        net.denoise = denoise
-    if precision == "TF32":
+    products = {"bf16": lambda x, weight, bias: F.linear(x.bfloat16(), weight.bfloat16(), bias.bfloat16()).float(), "TF32": TF32.apply}
+    if precision != "float32":
         for layer in net.modules():
             if isinstance(layer, torch.nn.Linear):
-                layer.forward = lambda x, layer=layer: TF32.apply(x, layer.weight, layer.bias)
+                layer.forward = lambda x, layer=layer: products[precision](x, layer.weight, layer.bias)
 
 
 def measure_precision(args, report):
@@ -458,16 +502,17 @@ def main(argv=None):
             write_atomically(args.json, lambda temporary: temporary.write_text(json.dumps(rows, indent=1)))
 
     with parser.plain_errors():
-        args.device = choose_device(args.device)
-        cuda = args.device.type == "cuda"
-        args.matmul = "bf16" if args.dtype == "bf16" or (args.dtype == "auto" and cuda) else "float32"
+        cuda = args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available())
+        args.device = choose_device("cuda" if cuda else "cpu")
+        args.matmul = "bf16" if bf16_wanted(args.device, args.dtype) else "tf32" if cuda else "float32"
         args.batch_sizes = args.batch_sizes or ([256, 64] if cuda else [64, 2])[-len(args.presets):]
         if len(args.batch_sizes) != len(args.presets):
             parser.error("--batch-sizes: give one per preset")
         torch.manual_seed(0)
         torch.set_float32_matmul_precision("high")
         name = torch.cuda.get_device_name(args.device) if cuda else f"CPU, {torch.get_num_threads()} threads"
-        report(f"{name}, torch {torch.__version__}, {args.what}", device=name, torch=torch.__version__, what=args.what)
+        report(f"{name}, torch {torch.__version__}, {args.what}", device=name, torch=torch.__version__,
+               settings={key: str(value) for key, value in vars(args).items()})
         commands[args.what](args, report)
 
 

@@ -8,8 +8,8 @@
 
 All of them need --data cifar10.npz and --weights FILE (or download Inception's). FID is against the statistics of the training
 pictures, by `fid.py` with the half-pixel resize of pytorch-fid, as CIFAR-10 papers measure it. Any command may be cut off
-(`timeout 590 python ...`: training saves when it is told to stop) and given again: it goes on, and no FID that is in --folder
-is measured twice.
+(`timeout 590 python ...`: training saves when it is told to stop) and given again: it goes on, and no picture file is measured
+twice.
 """
 import contextlib
 import io
@@ -25,25 +25,23 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import fid  # noqa: E402
 import sample  # noqa: E402
 import train  # noqa: E402
-from tokenizers import (Parser, choose_device, load_tokenizers, not_negative, positive, read_checkpoint, to_float,  # noqa: E402
-                        to_uint8, write_atomically)
+from tokenizers import (Parser, choose_device, crc_of, file_crc, load_tokenizers, not_negative, positive,  # noqa: E402
+                        read_checkpoint, to_float, to_uint8, write_atomically)
 
 KINDS = ["codes", "none", "cross", "qformer", "aligned"]
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 
 
-class Results:
-    """{name: value} in a file, each measured once."""
+def once(path, name, measure):
+    """The value `name` in a .json file, measured unless it is there."""
+    def read():
+        return json.loads(path.read_text()) if path.exists() else {}
 
-    def __init__(self, path):
-        self.path = path
-        self.values = json.loads(path.read_text()) if path.exists() else {}
-
-    def once(self, name, measure):
-        if name not in self.values:
-            self.values[name] = measure()
-            write_atomically(self.path, lambda temporary: temporary.write_text(json.dumps(self.values, indent=1)))
-        return self.values[name]
+    if name not in read():
+        value = measure()
+        values = read() | {name: value}  # read again: another process may have added to it
+        write_atomically(path, lambda temporary: temporary.write_text(json.dumps(values, indent=1)))
+    return read()[name]
 
 
 def statistics_of(args):
@@ -68,16 +66,17 @@ def fid_flags(args):
             *(["--weights", args.weights] if args.weights else [])]
 
 
-def measure(args, results, path, metrics=("FID",)):
-    """{metric: value} of the pictures in an .npz; precision and recall are against as many training pictures."""
+def measure(args, path, *metrics):
+    """{metric: value} of the pictures in an .npz; FID unless named. Precision and recall are against all training pictures."""
     def run():
-        against = [str(statistics_of(args))] if tuple(metrics) == ("FID",) else [f"{args.data}:images"]
+        torch.set_float32_matmul_precision("highest")  # train.py and sample.py have set another
+        reference = f"{args.data}:images" if metrics else str(statistics_of(args))
         with contextlib.redirect_stdout(io.StringIO()) as answer:
-            fid.main([str(path), "--ref", *against, "--metrics", *metrics, "--json", *fid_flags(args)])
-        answer = json.loads(answer.getvalue())
-        return {metric: answer[metric] for metric in metrics}
+            fid.main([str(path), "--ref", reference, "--metrics", *(metrics or ["FID"]), "--json", *fid_flags(args)])
+        return {metric: json.loads(answer.getvalue())[metric] for metric in metrics or ["FID"]}
 
-    return results.once(f"{path.name} {' '.join(metrics)} against {args.reference}", run)
+    weights = Path(args.weights).name if args.weights else "published"
+    return once(args.folder / "results.json", f"{path.name} {file_crc(path)} {metrics} {args.reference} {weights}", run)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -92,6 +91,9 @@ def base(args, seed=0):
 def train_stage(args, run, stage, seed, *flags):
     """Train a stage, or what is left of it; says how long it took in all, and the peak of the GPU's memory in this call."""
     steps = {0: args.steps0, 1: args.steps1, 2: args.steps2}[stage]
+    torch._dynamo.reset()  # its limit of graphs counts all that a process has compiled
+    if args.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     train.main(["--preset", args.preset, "--data", str(args.data), "--out", str(run), "--stage", str(stage), "--seed", str(seed),
                 "--device", args.device.type, *(["--steps", str(steps)] if steps else []), *flags])
     log = (run / f"stage{stage}.csv").read_text().split()[-1].split(",")
@@ -109,35 +111,37 @@ def trained(args, kind, seed):
     run = args.folder / f"{kind}-seed{seed}"
     run.mkdir(exist_ok=True)
     for name in ("tokenizers.pt", "stage0.pt", "stage1.pt", "tokens"):
-        if not (run / name).exists() and (first / name).exists():
-            (run / name).symlink_to((first / name).resolve())
+        if not (run / name).is_symlink():
+            (run / name).symlink_to(Path("..") / first.name / name)
     return run
 
 
 def samples(args, run, name, *flags):
     """--num pictures as an .npz beside the run."""
     path = args.folder / f"{run.name}-{name}.npz"
+    torch._dynamo.reset()
     sample.main(["--run", str(run), "--num", str(args.num), "--out", str(path), "--device", args.device.type, *flags])
     return path
 
 
-def reconstruction(args, results):
+def reconstruction(args):
     run = base(args)
     train_stage(args, run, 0, 0)
     vq, kl, size, _ = load_tokenizers(run / "tokenizers.pt", args.device)
     pictures = read_pictures(args, args.reference)
-    for name, decode in (("vq", lambda x: vq.decode(vq.encode(x))), ("kl", lambda x: kl.decode(kl.encode(x).chunk(2, 1)[0]))):
-        path = args.folder / f"reconstruction-{name}.npz"
+    for name, model, decode in (("vq", vq, lambda x: vq.decode(vq.encode(x))),
+                                ("kl", kl, lambda x: kl.decode(kl.encode(x).chunk(2, 1)[0]))):
+        path = args.folder / f"reconstruction-{name}-{crc_of(model)}-{len(pictures)}.npz"
         if not path.exists():
             with torch.no_grad():
                 made = torch.cat([to_uint8(decode(to_float(part).to(args.device))).cpu() for part in torch.from_numpy(pictures).split(500)])
             write_atomically(path, lambda temporary: np.savez(temporary, arr_0=made.numpy()))
         with np.load(path, allow_pickle=False) as file:
             error = float(np.square(file["arr_0"].astype(np.float32) - pictures).mean())
-        print(f"{name}: {10 * np.log10(255**2 / error):.2f} dB, FID {measure(args, results, path)['FID']:.3f} ({len(pictures)} pictures)", flush=True)
+        print(f"{name}: {10 * np.log10(255**2 / error):.2f} dB, FID {measure(args, path)['FID']:.3f} ({len(pictures)} pictures)", flush=True)
 
 
-def row(args, results):
+def row(args):
     """FID at every guidance, and of the best one precision and recall too."""
     for seed in args.seeds:
         run = trained(args, args.kind, seed)
@@ -147,34 +151,34 @@ def row(args, results):
         for scale in args.guidance:
             flags = ["--coarse", "--cfg1"] if args.kind == "codes" else ["--cfg2"]
             path = samples(args, run, f"guidance-{scale:g}", *flags, str(scale))
-            found[path] = measure(args, results, path)["FID"]
+            found[path] = measure(args, path)["FID"]
             print(f"{args.kind} seed {seed}, guidance {scale:g}: FID {found[path]:.2f}", flush=True)
         best = min(found, key=found.get)
-        others = measure(args, results, best, ("precision", "recall"))
+        others = measure(args, best, "precision", "recall")
         print(f"{args.kind} seed {seed}: best FID {found[best]:.2f} ({best.name}), precision {others['precision']:.3f}, recall {others['recall']:.3f}", flush=True)
 
 
-def steps(args, results):
+def steps(args):
     run = trained(args, args.kind, 0)
     for token_steps in ("8", "16", "32", "64"):
         path = samples(args, run, f"steps-{token_steps}", "--steps", token_steps)
-        print(f"{token_steps:>3} token steps: FID {measure(args, results, path)['FID']:.2f}", flush=True)
+        print(f"{token_steps:>3} token steps: FID {measure(args, path)['FID']:.2f}", flush=True)
     for diffusion_steps in ("25", "50", "100", "50:5"):
         path = samples(args, run, f"diffusion-{diffusion_steps.replace(':', '-')}", "--diffusion-steps", diffusion_steps)
-        print(f"{diffusion_steps:>4} diffusion steps: FID {measure(args, results, path)['FID']:.2f}", flush=True)
+        print(f"{diffusion_steps:>4} diffusion steps: FID {measure(args, path)['FID']:.2f}", flush=True)
 
 
-def progress(args, results):
+def progress(args):
     run = trained(args, args.kind, 0)
     file = read_checkpoint(run / "stage2.pt")
     step, loss, validation, _, _, seconds = file["log"][-1]
     for weights, flags in (("raw", ["--raw"]), ("averaged", [])):
         path = samples(args, run, f"step{step}-{weights}", *flags)
         print(f"step {step}, {seconds / 60:.1f} minutes, loss {loss}, validation {validation}, {weights}: "
-              f"FID {measure(args, results, path)['FID']:.2f}", flush=True)
+              f"FID {measure(args, path)['FID']:.2f}", flush=True)
 
 
-def picture(args, results):
+def picture(args):
     run = trained(args, args.kind, 0)
     pipeline = sample.Pipeline(sample.parse(["--run", str(run), "--device", args.device.type])[1], args.device)
     with np.load(args.data, allow_pickle=False) as file:
@@ -213,7 +217,7 @@ def main(argv=None):
     with parser.plain_errors():
         args.device = choose_device(args.device)
         args.folder.mkdir(parents=True, exist_ok=True)
-        commands[args.what](args, Results(args.folder / "results.json"))
+        commands[args.what](args)
 
 
 if __name__ == "__main__":

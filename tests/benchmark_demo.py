@@ -135,22 +135,24 @@ def trained(folder, kind, seed, code_noise=0.0):
 def sample_pictures(run, flags=(), number=1000, real_codes=False):
     """What `sample.py --run RUN FLAGS` draws: coarse and fine pictures, uint8 (number,S,S,3), and their class ids.
     real_codes: stage 2 is told the codes of real pictures instead of stage 1's."""
-    args = sample.parse(["--run", str(run), *flags])[1]
+    args = sample.parse(["--run", str(run), "--device", "cpu", *flags])[1]
     pipeline = sample.Pipeline(args, torch.device("cpu"))
     settings = pipeline.settings
     pictures, labels = real_pictures(number, TEST_SEED)
-    coarse, fine = [], []
+    made = []
     for k, chunk in enumerate(torch.from_numpy(labels).split(settings["batch_size"])):
         generator = torch.Generator().manual_seed(seed_of(args.seed, 3, k))
-        codes = pipeline.discrete.generate(chunk, settings["cfg1"], settings["temperature1"], generator=generator)    # (B,N)
-        if real_codes:
-            start = k * settings["batch_size"]
-            codes = pipeline.vq.encode(to_float(torch.from_numpy(pictures[start:start + len(chunk)]))).flatten(1)     # (B,N)
-        latents = pipeline.continuous.generate(chunk, codes, settings["steps"], settings["cfg2"], settings["temperature2"],
+        if not real_codes:
+            made.append(pipeline.pictures(chunk, generator))
+            continue
+        start = k * settings["batch_size"]
+        codes = pipeline.vq.encode(to_float(torch.from_numpy(pictures[start:start + len(chunk)])))                    # (B,h,w)
+        latents = pipeline.continuous.generate(chunk, codes.flatten(1), settings["steps"], settings["cfg2"], settings["temperature2"],
                                                settings["diffusion_steps"], settings["clip"], generator)              # (B,N,C)
-        coarse.append(to_uint8(pipeline.vq.decode(codes.unflatten(1, pipeline.grid))))
-        fine.append(to_uint8(pipeline.kl.decode(to_map(latents, pipeline.grid) / pipeline.kl.scale)))
-    return torch.cat(coarse).numpy(), torch.cat(fine).numpy(), labels
+        made.append([to_uint8(pipeline.vq.decode(codes)).numpy(),
+                     to_uint8(pipeline.kl.decode(to_map(latents, pipeline.grid) / pipeline.kl.scale)).numpy()])
+    coarse, fine = (np.concatenate(kind) for kind in zip(*made))
+    return coarse, fine, labels
 
 
 def seconds_of_stage2(run):

@@ -122,6 +122,22 @@ def test_signals_save_and_say_how_to_go_on(finished, arguments, number, monkeypa
         assert same(load(Path(arguments[5]) / name)["ema"], load(finished / name)["ema"])
 
 
+def test_a_signal_to_the_whole_group_saves_too(run, data):
+    """As `timeout` and job schedulers send it: twice at once, and to the processes that read data as well."""
+    process = subprocess.Popen([sys.executable, TINY, "train", "--preset", "tiny", "--data", data, "--out", run, "--stage", "1",
+                                "--steps", "100000", "--log-every", "10", "--workers", "1"],
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    said = ""
+    while "stage 1  step" not in said:
+        line = process.stdout.readline()
+        assert line, said
+        said += line
+    os.kill(process.pid, signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)
+    said += process.communicate(timeout=60)[0]
+    assert process.returncode == 128 + signal.SIGTERM and "run the same command again" in said and "Traceback" not in said, said
+
+
 def test_killed_runs_resume_bit_for_bit(finished, arguments, capsys):
     """SIGKILL in stages 0, 1 and 2; each restart goes on above step zero, and the end is that of an undisturbed run."""
     out = Path(arguments[5])
@@ -307,7 +323,7 @@ def test_published_files_alone(tmp_path, data, capsys):
     mar = d2c.ContinuousGenerator(d2c.ContinuousConfig(channels=4, num_classes=10, grid=(4, 4), width=64, encoder_depth=1, num_heads=1,
                                                        decoder_depth=1, buffer_size=4, head_depth=1, head_width=32)).state_dict()
     torch.save({"model": mar, "model_ema": mar}, tmp_path / "mar.pth")
-    few = ["--num", "2", "--steps", "4", "--diffusion-steps", "5"]
+    few = ["--num", "2", "--steps", "4", "--diffusion-steps", "5:3"]
     sample.main(["--vq", vq, "--stage1", gpt, "--num", "2", "--out", str(tmp_path / "coarse.png")])
     sample.main(["--kl", kl, "--stage2", str(tmp_path / "mar.pth"), *few, "--out", str(tmp_path / "fine.npz")])
     assert np.load(tmp_path / "fine.npz", allow_pickle=False)["arr_0"].shape == (2, 16, 16, 3)
@@ -319,6 +335,16 @@ def test_published_files_alone(tmp_path, data, capsys):
     assert cache.meta["channels"] == 4 and cache.meta["codebook_size"] == 64 and (tmp_path / "run" / "samples.png").exists()
     refused(sample.main, ["--vq", vq, "--stage1", gpt, "--kl", kl, "--stage2", tmp_path / "mar.pth"], capsys, "token grid")
     refused(train.main, [*run, "--data", data, "--vq", gpt, "--kl", kl], capsys, "made with vq")
+
+
+def test_coarse_needs_no_stage2(run, tmp_path, capsys):
+    """And draws the coarse pictures of the whole pipeline."""
+    pipeline = sample.Pipeline(sample.parse(["--run", str(run)])[1], torch.device("cpu"))
+    coarse, _ = pipeline.pictures(torch.arange(8), torch.Generator().manual_seed(seed_of(0, 3, 0)))
+    (run / "stage2.pt").unlink()
+    refused(sample.main, ["--run", run], capsys, "stage2.pt", "--stage 2")
+    sample.main(["--run", str(run), "--coarse", "--num", "8", "--out", str(tmp_path / "coarse.npz")])
+    assert np.array_equal(np.load(tmp_path / "coarse.npz", allow_pickle=False)["arr_0"], coarse)
 
 
 def test_reconstruct(finished, tmp_path):
@@ -350,7 +376,8 @@ def test_bad_sampling(run, tmp_path, capsys):
     refused(sample.main, [*base, "--classes", "unicorn"], capsys, "unicorn", "0 to 9")
     refused(sample.main, [*base, "--classes", "10"], capsys, "--classes 10")
     refused(sample.main, [*base, "--steps", "17"], capsys, "--steps 17", "16")
-    refused(sample.main, [*base, "--diffusion-steps", "1001"], capsys, "1000")
+    for steps in ("1001", "1:5", "50:1", "5:", ":5", "5:50:3"):
+        refused(sample.main, [*base, "--diffusion-steps", steps], capsys, "--diffusion-steps")
     refused(sample.main, [*base, "--num", "0"], capsys, "--num")
     refused(sample.main, [*base, "--top-p", "0"], capsys, "--top-p")
     refused(sample.main, [*base, "--cfg1", "nan"], capsys, "--cfg1")

@@ -40,9 +40,10 @@ def test_stage1_compiles_one_code_once():
 
     assert torch.equal(codes(compiled, cfg_scale=2.0), codes(model, cfg_scale=2.0))
     warm = backend.graphs
-    assert warm <= 2  # the first quarter of the cache, and all others
+    assert 0 < warm <= 2  # the first quarter of the cache, and all others
     for settings in (dict(cfg_scale=3.0), dict(cfg_scale=2.0, temperature=0.5, top_k=3, top_p=0.9), dict(cfg_scale=2.0, cfg_interval=4)):
-        assert torch.equal(codes(compiled, **settings), codes(model, **settings))
+        with torch.compiler.set_stance("fail_on_recompile"):
+            assert torch.equal(codes(compiled, **settings), codes(model, **settings))
     assert backend.graphs == warm
 
 
@@ -60,9 +61,10 @@ def test_stage2_compiles_nothing_after_warm_up(kind):
     for settings in ((16, 2.0, 3), (5, 2.0, (4, 3))):
         latents(compiled, *settings)
     warm = backend.graphs
-    assert warm <= 8  # a block: first sizes, any sizes, and the last one twice; a denoising step: first, any rows, any schedule
+    assert 0 < warm <= 10  # a block: first sizes, any sizes, and the last one twice; a denoising step: first, any rows, any schedule
     for settings in ((16, 3.0, 4), (9, 2.5, 6), (3, 2.0, (6, 2))):
-        torch.testing.assert_close(latents(compiled, *settings), latents(model, *settings), atol=1e-5, rtol=1e-5)
+        with torch.compiler.set_stance("fail_on_recompile"):
+            torch.testing.assert_close(latents(compiled, *settings), latents(model, *settings), atol=1e-5, rtol=1e-5)
     assert backend.graphs == warm
 
 
@@ -82,8 +84,10 @@ def test_training_compiles_nothing_after_warm_up():
     for hidden in (45, 50, 64, 63):  # 64 hidden: none visible
         loss(compiled, hidden)
     warm = backend.graphs
+    assert 0 < warm <= 12
     for hidden in (46, 47, 53, 60, 61, 62, 64):
-        torch.testing.assert_close(loss(compiled, hidden), loss(model, hidden))
+        with torch.compiler.set_stance("fail_on_recompile"):
+            torch.testing.assert_close(loss(compiled, hidden), loss(model, hidden))
     assert backend.graphs == warm
 
 
@@ -104,12 +108,16 @@ def test_linear_layers_agree_with_and_without_gradients(rows, bias):
     with torch.no_grad():
         quick = layer(x)
         transposed = layer(x.transpose(0, 1)).transpose(0, 1)
+        compiled = torch.compile(layer, backend="aot_eager")(x)
     torch.testing.assert_close(quick, layer(x).detach(), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(transposed, quick, atol=1e-5, rtol=1e-5)
+    for other in (transposed, compiled):
+        torch.testing.assert_close(other, quick, atol=1e-5, rtol=1e-5)
 
 
 def test_nothing_waits_for_the_device():
     """Fake tensors have no values: a loop that asks for one (.item(), a boolean index) would fail, as this shows first."""
+    for steps in (4, 5, 6, 1000):
+        d2c.diffusion_schedule(steps, torch.device("cpu"), torch.float32)  # kept for later calls: not to be made of fakes
     with FakeTensorMode(allow_non_fake_inputs=True):
         with pytest.raises(DataDependentOutputException):
             torch.ones(3).sum().item()
