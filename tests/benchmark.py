@@ -416,7 +416,7 @@ class TF32(torch.autograd.Function):
     def backward(ctx, gradient):
         x, weight = ctx.saved_tensors
         cut = TF32.cut(gradient.contiguous())
-        return cut @ weight, cut.T @ x, gradient.sum(0)
+        return cut @ weight, cut.flatten(0, -2).T @ x.flatten(0, -2), gradient.flatten(0, -2).sum(0)
 
 
 def head_in(net, precision):
