@@ -379,9 +379,9 @@ def posterior_step(x, eps, fraction, tables, index, clip=math.inf):
 
 def diffusion_loss(denoiser, x0, t, noise, c):
     """Hybrid loss per row (M,): squared error of the noise, plus the variational bound in bits, which trains the variance
-    alone (the mean enters it without gradient). x0, noise (M,C); t (M,) in 0..999; c (M,*) the condition that `denoiser`
-    takes, Denoiser.denoise's (M,width) say. L_hybrid of Nichol & Dhariwal,
-    eq. 16: weight 1 on one of 1000 terms of the bound is their 0.001 on the sum.
+    alone (the mean enters it without gradient). x0, noise (M,C); t (M,) in 0..999; c (M,*) the condition that
+    `denoiser` takes, Denoiser.denoise's (M,width) say. L_hybrid of Nichol & Dhariwal, eq. 16: weight 1 on one of 1000 terms of
+    the bound is their 0.001 on the sum.
     """
     tables = diffusion_schedule(1000, x0.device, x0.dtype)
     t = t[:, None]                                                                            # (M,1)

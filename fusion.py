@@ -38,8 +38,8 @@ def _(x, weight, bias):
 
 
 class Linear(nn.Linear):
-    """nn.Linear. Where torch would ask MKL (CPUs of PCs), large layers without gradients ask oneDNN, which every such torch has, too.
-    It is faster, above all with few rows, as in a step of sampling: 1.1 to 3 times on AMD."""
+    """nn.Linear. Where torch would ask MKL (on x86 CPUs), large layers without gradients ask oneDNN, which such a torch has too:
+    it is faster, above all with few rows, as in a step of sampling."""
 
     KNOWN = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
 

@@ -138,12 +138,12 @@ def read_latents(cache, config, code_noise, chosen, part, generator):
 def stop_signals():
     """A list that receives SIGINT or SIGTERM, so that the loop can finish its step and save; one more after a second kills
     (`timeout` and job schedulers send the first one twice)."""
-    received, before, first = [], {}, []
+    received, before, times = [], {}, []
 
     def receive(number, frame):
         received.append(number)
-        first.append(time.monotonic())
-        if first[-1] > first[0] + 1:
+        times.append(time.monotonic())
+        if times[-1] > times[0] + 1:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
 

@@ -125,10 +125,11 @@ def ceilings(args):
 PUBLISHED = dict(vq=dict(z_channels=256, codebook_size=16384, decoder_attention=True), kl=dict(z_channels=16))
 
 
-def make_models(name, kind=None, grid=None):
-    """(VQTokenizer, KLTokenizer, DiscreteGenerator, ContinuousGenerator) of a preset, with random weights."""
-    preset = d2c.PRESETS[name]
-    vq, kl = (cls(TokenizerConfig(**(preset[kind] or PUBLISHED[kind]))) for cls, kind in ((VQTokenizer, "vq"), (KLTokenizer, "kl")))
+def make_models(preset, kind=None, grid=None):
+    """(VQTokenizer, KLTokenizer, DiscreteGenerator, ContinuousGenerator) of the preset so called, with random weights; with
+    another fusion `kind` or `grid` if given."""
+    preset = d2c.PRESETS[preset]
+    vq, kl = (cls(TokenizerConfig(**(preset[name] or PUBLISHED[name]))) for cls, name in ((VQTokenizer, "vq"), (KLTokenizer, "kl")))
     common = dict(grid=grid or (preset["size"] // kl.config.factor,) * 2, num_classes=1000, codebook_size=vq.config.codebook_size)
     discrete = d2c.DiscreteGenerator(d2c.DiscreteConfig(**common, **preset["stage1"]))
     continuous = d2c.ContinuousGenerator(d2c.ContinuousConfig(**common, channels=kl.config.z_channels,
@@ -225,9 +226,9 @@ def sampling_loops(name, batch, args):
     x, noise = torch.randn(2, batch * drawn, config.channels, device=args.device)
     tables = d2c.diffusion_schedule(settings["diffusion_steps"], x.device, x.dtype)
     scale, index = torch.tensor(2.0, device=args.device), torch.tensor([7], device=args.device)
-    z = torch.randn(2 * batch * drawn, config.head_width, device=args.device)
+    c = torch.randn(2 * batch * drawn, config.head_width, device=args.device)
     yield ("stage 2, one denoising step", batch / settings["steps"] / settings["diffusion_steps"], full, size_of(continuous.diffloss),
-           *(inference(model.denoising_step, (model.diffloss["net"].denoise, x, z, noise, tables, index, 1.0, scale, settings["clip"]),
+           *(inference(model.denoising_step, (model.diffloss["net"].denoise, x, c, noise, tables, index, 1.0, scale, settings["clip"]),
                        args) for model in (continuous, copies[1])))
 
     codes = torch.zeros(batch, *config.grid, dtype=torch.int64, device=args.device)

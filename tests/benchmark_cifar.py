@@ -1,4 +1,4 @@
-"""CIFAR-10 with the real FID: every figure of the README's section about it, a command each.
+"""CIFAR-10 with the real FID: what one wants to know of such a run, a command each.
 
     python tests/benchmark_cifar.py reconstruction            stage 0, and the FID of both tokenizers' reconstructions
     python tests/benchmark_cifar.py row codes|none|cross|qformer|aligned     trains what the row needs, then FID over guidance
@@ -127,7 +127,7 @@ def samples(args, run, name, *flags):
 def reconstruction(args):
     run = base(args)
     train_stage(args, run, 0, 0)
-    vq, kl, size, _ = load_tokenizers(run / "tokenizers.pt", args.device)
+    vq, kl, _, _ = load_tokenizers(run / "tokenizers.pt", args.device)
     pictures = read_pictures(args, args.reference)
     for name, model, decode in (("vq", vq, lambda x: vq.decode(vq.encode(x))),
                                 ("kl", kl, lambda x: kl.decode(kl.encode(x).chunk(2, 1)[0]))):
