@@ -395,7 +395,8 @@ class ImageFolder(Dataset):
 
 
 class ImageArray(Dataset):
-    """An .npz with `images` uint8 (N,H,W,3) and integer `labels` (N,). Items: (uint8 (S,S,3), label)."""
+    """An .npz with `images` uint8 (N,H,W,3), integer `labels` (N,) and, if one likes, `classes`, their names in the order of
+    the labels. Items: (uint8 (S,S,3), label)."""
 
     def __init__(self, path, size):
         self.size = size
@@ -404,6 +405,7 @@ class ImageArray(Dataset):
                 if "images" not in file or "labels" not in file:
                     raise InputError(f"--data {path}: needs the arrays images and labels, has {', '.join(file.files)}")
                 self.images, self.labels = file["images"], file["labels"]
+                names = [str(name) for name in file["classes"]] if "classes" in file else None
         except InputError:
             raise
         except Exception as error:  # zip, zlib and npy headers each fail in their own way
@@ -415,7 +417,10 @@ class ImageArray(Dataset):
                              f"not {self.labels.dtype} {self.labels.shape}")
         if not len(self.labels) or self.labels.min() < 0:
             raise InputError(f"--data {path}: needs at least one image, and labels from 0 upwards")
-        self.classes = [str(label) for label in range(int(self.labels.max()) + 1)]
+        self.classes = names or [str(label) for label in range(int(self.labels.max()) + 1)]
+        if len(self.classes) <= self.labels.max():
+            raise InputError(f"--data {path}: classes holds {len(self.classes)} names and labels go up to {self.labels.max()}; "
+                             "name them all, or leave classes out")
         self.fingerprint = f"{zlib.crc32(self.labels.tobytes(), zlib.crc32(self.images)):08x}"
 
     def __len__(self):
@@ -563,6 +568,7 @@ class TokenizerConfig:
     linear_skip: bool = False                # add a linear patch embedding around each half: small ones learn faster
     codebook_size: int = 0                   # VQ only
     code_dim: int = 8                        # VQ only: width of a codebook row
+    kl_weight: float = 1e-3                  # KL only: mean over latents, against the mean squared error of pixels
 
     @property
     def factor(self):
@@ -797,8 +803,6 @@ class KLTokenizer(nn.Module):
     """Images <-> continuous latents: a diagonal Gaussian per place (Kingma & Welling 2013; KL-16 of MAR,
     arXiv 2406.11838). Latents handed to a generator are samples times `scale`, so that their variance is one."""
 
-    KL_WEIGHT = 1e-3  # mean over latents, against the mean squared error of pixels: keeps them smooth and of about unit size
-
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -847,7 +851,7 @@ class KLTokenizer(nn.Module):
         mean, log_variance = moments.chunk(2, 1)                                       # (B,C,h,w) each
         log_variance = log_variance.clamp(-30, 20)
         kl = 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance).mean()
-        return F.mse_loss(self.decode(self.sample(moments, noise)), images) + self.KL_WEIGHT * kl
+        return F.mse_loss(self.decode(self.sample(moments, noise)), images) + self.config.kl_weight * kl
 
 
 def save_tokenizers(path, vq, kl, size, run):

@@ -25,11 +25,19 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import fid  # noqa: E402
 import sample  # noqa: E402
 import train  # noqa: E402
-from tokenizers import (Parser, choose_device, crc_of, file_crc, load_tokenizers, not_negative, positive,  # noqa: E402
+from d2c import PRESETS, training  # noqa: E402
+from tokenizers import (InputError, Parser, choose_device, crc_of, file_crc, load_tokenizers, not_negative, positive,  # noqa: E402
                         read_checkpoint, to_float, to_uint8, write_atomically)
 
+# Preset "laptop": the tokens of preset cifar, and models that two CPU cores train in minutes.
+PRESETS["laptop"] = PRESETS["cifar"] | dict(
+    stage1=PRESETS["demo"]["stage1"], stage2=PRESETS["demo"]["stage2"],
+    train={0: training(3000, 32, 6e-3, warmup=50, ema=0.99),
+           1: training(1200, 64, 3e-3, warmup=100, ema=0.99, weight_decay=0.05),
+           2: training(2000, 64, 2e-3, warmup=100, ema=0.995, weight_decay=0.02)},
+    sample=PRESETS["cifar"]["sample"] | dict(cfg2=1.0, steps=8, diffusion_steps=25))
+
 KINDS = ["codes", "none", "cross", "qformer", "aligned"]
-CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 
 
 def once(path, name, measure):
@@ -44,15 +52,20 @@ def once(path, name, measure):
     return read()[name]
 
 
+def pictures_of(args, count):
+    """The first `count` training pictures as an .npz for fid.py."""
+    path = args.folder / f"real-{count}.npz"
+    if not path.exists():
+        pictures = read_pictures(args, count)
+        write_atomically(path, lambda temporary: np.savez(temporary, arr_0=pictures))
+    return path
+
+
 def statistics_of(args):
     """Statistics of the training pictures, made once."""
     path = args.folder / f"statistics-{args.reference}.npz"
     if not path.exists():
-        pictures = read_pictures(args, args.reference)
-        part = args.folder / "reference.npz"
-        write_atomically(part, lambda temporary: np.savez(temporary, arr_0=pictures))
-        fid.main([f"{part}:arr_0", "--make-stats", str(path), "--metrics", "IS", *fid_flags(args)])
-        part.unlink()
+        fid.main([str(pictures_of(args, args.reference)), "--make-stats", str(path), "--metrics", "IS", *fid_flags(args)])
     return path
 
 
@@ -67,16 +80,16 @@ def fid_flags(args):
 
 
 def measure(args, path, *metrics):
-    """{metric: value} of the pictures in an .npz; FID unless named. Precision and recall are against all training pictures."""
+    """{metric: value} of the pictures in an .npz; FID unless named."""
     def run():
         torch.set_float32_matmul_precision("highest")  # train.py and sample.py have set another
-        reference = f"{args.data}:images" if metrics else str(statistics_of(args))
+        reference = pictures_of(args, args.neighbours) if metrics else statistics_of(args)
         with contextlib.redirect_stdout(io.StringIO()) as answer:
-            fid.main([str(path), "--ref", reference, "--metrics", *(metrics or ["FID"]), "--json", *fid_flags(args)])
+            fid.main([str(path), "--ref", str(reference), "--metrics", *(metrics or ["FID"]), "--json", *fid_flags(args)])
         return {metric: json.loads(answer.getvalue())[metric] for metric in metrics or ["FID"]}
 
     weights = Path(args.weights).name if args.weights else "published"
-    return once(args.folder / "results.json", f"{path.name} {file_crc(path)} {metrics} {args.reference} {weights}", run)
+    return once(args.folder / "results.json", f"{path.name} {file_crc(path)} {metrics} {args.neighbours if metrics else args.reference} {weights}", run)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -95,7 +108,7 @@ def train_stage(args, run, stage, seed, *flags):
     if args.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     train.main(["--preset", args.preset, "--data", str(args.data), "--out", str(run), "--stage", str(stage), "--seed", str(seed),
-                "--device", args.device.type, *(["--steps", str(steps)] if steps else []), *flags])
+                "--device", args.device.type, "--save-every", "5000", *(["--steps", str(steps)] if steps else []), *flags])
     log = (run / f"stage{stage}.csv").read_text().split()[-1].split(",")
     memory = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if args.device.type == "cuda" else ""
     print(f"{run.name}: stage {stage} has {log[0]} steps, {float(log[5]) / 60:.1f} minutes, {log[4]} pictures/s{memory}", flush=True)
@@ -154,18 +167,18 @@ def row(args):
             found[path] = measure(args, path)["FID"]
             print(f"{args.kind} seed {seed}, guidance {scale:g}: FID {found[path]:.2f}", flush=True)
         best = min(found, key=found.get)
-        others = measure(args, best, "precision", "recall")
-        print(f"{args.kind} seed {seed}: best FID {found[best]:.2f} ({best.name}), precision {others['precision']:.3f}, recall {others['recall']:.3f}", flush=True)
+        others = measure(args, best, "precision", "recall") if args.neighbours else {}
+        print(f"{args.kind} seed {seed}: best FID {found[best]:.2f} ({best.name})" + "".join(f", {name} {value:.3f}" for name, value in others.items()), flush=True)
 
 
 def steps(args):
     run = trained(args, args.kind, 0)
-    for token_steps in ("8", "16", "32", "64"):
-        path = samples(args, run, f"steps-{token_steps}", "--steps", token_steps)
-        print(f"{token_steps:>3} token steps: FID {measure(args, path)['FID']:.2f}", flush=True)
-    for diffusion_steps in ("25", "50", "100", "50:5"):
-        path = samples(args, run, f"diffusion-{diffusion_steps.replace(':', '-')}", "--diffusion-steps", diffusion_steps)
-        print(f"{diffusion_steps:>4} diffusion steps: FID {measure(args, path)['FID']:.2f}", flush=True)
+    default = PRESETS[args.preset]["sample"]
+    for token_steps, diffusion_steps in ([(number, default["diffusion_steps"]) for number in (8, 16, 32, 64)]
+                                         + [(default["steps"], number) for number in (25, 50, 100, "50:5")]):
+        path = samples(args, run, f"steps-{token_steps}-{diffusion_steps}".replace(":", "to"),
+                       "--steps", str(token_steps), "--diffusion-steps", str(diffusion_steps))
+        print(f"{token_steps} token steps of {diffusion_steps}: FID {measure(args, path)['FID']:.2f}", flush=True)
 
 
 def progress(args):
@@ -185,7 +198,7 @@ def picture(args):
         first = np.unique(file["labels"], return_index=True)[1]                               # a picture per class
         real = file["images"][first]
     made = pipeline.pictures(torch.arange(len(first), device=args.device), torch.Generator(args.device).manual_seed(0))
-    sheet = sample.draw_grid(np.stack([*made, real]), CLASSES, ["coarse", "fine", "real"])
+    sheet = sample.draw_grid(np.stack([*made, real]), pipeline.classes, ["coarse", "fine", "real"])
     write_atomically(args.folder / "cifar.png", sheet.save)
     print(f"saved {args.folder / 'cifar.png'}")
 
@@ -212,9 +225,12 @@ def main(argv=None):
     add("--guidance", type=not_negative, nargs="+", default=[1.0, 1.5, 2.0, 3.0])
     add("--num", type=positive, default=50_000, help="pictures sampled")
     add("--reference", type=positive, default=50_000, help="training pictures to compare with, from the front")
+    add("--neighbours", type=int, default=10_000, help="training pictures for precision and recall (10,000 as ADM; 0: neither)")
     add("--device", choices=("auto", "cuda", "cpu"), default="auto")
     args = parser.parse_args(argv)
     with parser.plain_errors():
+        if args.kind == "codes" and args.what in ("steps", "progress", "picture"):
+            raise InputError(f"{args.what} codes: is about stage 2; name a kind of fusion")
         args.device = choose_device(args.device)
         args.folder.mkdir(parents=True, exist_ok=True)
         commands[args.what](args)

@@ -19,7 +19,7 @@ import d2c
 import sample
 import train
 from formula import published_file
-from tokenizers import ImageFolder, TokenCache, seed_of
+from tokenizers import ImageFolder, TokenCache, open_images, seed_of
 
 TINY = Path(__file__).parent / "tiny.py"
 
@@ -472,6 +472,7 @@ def test_bad_data(tmp_path, capsys):
     refuse(npz(images=images, labels=labels[:3]), "labels")
     refuse(npz(images=images, labels=labels - 1), "labels from 0")
     refuse(npz(images=images, labels=np.array([[0, 1, 2, 3]])), "labels")
+    refuse(npz(images=images, labels=labels, classes=["ant", "bee"]), "2 names", "up to 3")
     refuse(npz(images=np.array([{}] * 4), labels=labels), "not a readable .npz")
     truncate(npz(images=images, labels=labels))
     refuse(tmp_path / "a.npz", "not a readable .npz")
@@ -483,6 +484,15 @@ def test_bad_data(tmp_path, capsys):
     refuse(tmp_path / "folder", "two pictures")
     Image.fromarray(images[0]).save(tmp_path / "folder" / "cat" / "fine.png")
     refuse(tmp_path / "folder", "broken.png", "not a readable image")
+
+
+def test_an_npz_may_name_its_classes(tmp_path):
+    images, labels = np.zeros((3, 16, 16, 3), np.uint8), np.array([0, 2, 1])
+    np.savez(tmp_path / "named.npz", images=images, labels=labels, classes=["ant", "bee", "cat"])
+    np.savez(tmp_path / "plain.npz", images=images, labels=labels)
+    named, plain = (open_images(str(tmp_path / name), 16) for name in ("named.npz", "plain.npz"))
+    assert named.classes == ["ant", "bee", "cat"] and plain.classes == ["0", "1", "2"]
+    assert named.fingerprint == plain.fingerprint  # names change no tokens
 
 
 def test_a_broken_image_in_a_worker_process(tmp_path, capsys):
