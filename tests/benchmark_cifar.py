@@ -9,8 +9,9 @@
 All of them need --data cifar10.npz and --weights FILE (or download Inception's). FID is against the statistics of the training
 pictures, by `fid.py` with the half-pixel resize of pytorch-fid, as CIFAR-10 papers measure it. Any command may be cut off
 (`timeout 590 python ...`: training saves when it is told to stop) and given again: it goes on, and no picture file is measured
-twice.
+twice. `--preset laptop` is the same in miniature, for a CPU.
 """
+import argparse
 import contextlib
 import io
 import json
@@ -35,7 +36,7 @@ PRESETS["laptop"] = PRESETS["cifar"] | dict(
     train={0: training(3000, 32, 6e-3, warmup=50, ema=0.99),
            1: training(1200, 64, 3e-3, warmup=100, ema=0.99, weight_decay=0.05),
            2: training(2000, 64, 2e-3, warmup=100, ema=0.995, weight_decay=0.02)},
-    sample=PRESETS["cifar"]["sample"] | dict(cfg2=1.0, steps=8, diffusion_steps=25))
+    sample=PRESETS["cifar"]["sample"] | dict(cfg1=3.0, cfg2=1.5, temperature2=0.7, steps=8, diffusion_steps=25))
 
 KINDS = ["codes", "none", "cross", "qformer", "aligned"]
 
@@ -131,9 +132,10 @@ def trained(args, kind, seed):
 
 def samples(args, run, name, *flags):
     """--num pictures as an .npz beside the run."""
-    path = args.folder / f"{run.name}-{name}.npz"
+    words = [run.name, name, *(flag.strip("-").replace(":", "to") for flag in args.flags)]
+    path = args.folder / f"{'-'.join(words)}.npz"
     torch._dynamo.reset()
-    sample.main(["--run", str(run), "--num", str(args.num), "--out", str(path), "--device", args.device.type, *flags])
+    sample.main(["--run", str(run), "--num", str(args.num), "--out", str(path), "--device", args.device.type, *flags, *args.flags])
     return path
 
 
@@ -176,7 +178,7 @@ def steps(args):
     default = PRESETS[args.preset]["sample"]
     for token_steps, diffusion_steps in ([(number, default["diffusion_steps"]) for number in (8, 16, 32, 64)]
                                          + [(default["steps"], number) for number in (25, 50, 100, "50:5")]):
-        path = samples(args, run, f"steps-{token_steps}-{diffusion_steps}".replace(":", "to"),
+        path = samples(args, run, f"steps-{token_steps}-{diffusion_steps}",
                        "--steps", str(token_steps), "--diffusion-steps", str(diffusion_steps))
         print(f"{token_steps} token steps of {diffusion_steps}: FID {measure(args, path)['FID']:.2f}", flush=True)
 
@@ -193,7 +195,7 @@ def progress(args):
 
 def picture(args):
     run = trained(args, args.kind, 0)
-    pipeline = sample.Pipeline(sample.parse(["--run", str(run), "--device", args.device.type])[1], args.device)
+    pipeline = sample.Pipeline(sample.parse(["--run", str(run), "--device", args.device.type, *args.flags])[1], args.device)
     with np.load(args.data, allow_pickle=False) as file:
         first = np.unique(file["labels"], return_index=True)[1]                               # a picture per class
         real = file["images"][first]
@@ -227,6 +229,7 @@ def main(argv=None):
     add("--reference", type=positive, default=50_000, help="training pictures to compare with, from the front")
     add("--neighbours", type=int, default=10_000, help="training pictures for precision and recall (10,000 as ADM; 0: neither)")
     add("--device", choices=("auto", "cuda", "cpu"), default="auto")
+    add("--flags", nargs=argparse.REMAINDER, default=[], help="last: flags of sample.py, as --temperature2 0.9")
     args = parser.parse_args(argv)
     with parser.plain_errors():
         if args.kind == "codes" and args.what in ("steps", "progress", "picture"):
