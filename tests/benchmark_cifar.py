@@ -2,9 +2,9 @@
 
     python tests/benchmark_cifar.py reconstruction            stage 0, and the FID of both tokenizers' reconstructions
     python tests/benchmark_cifar.py row codes|none|cross|qformer|aligned     trains what the row needs, then FID over guidance
-    python tests/benchmark_cifar.py steps cross               FID over the number of token steps and of diffusion steps
-    python tests/benchmark_cifar.py progress cross            FID of raw and averaged weights as they are now; a line a call
-    python tests/benchmark_cifar.py picture cross             ten classes: coarse above fine above real
+    python tests/benchmark_cifar.py steps qformer             FID over the number of token steps and of diffusion steps
+    python tests/benchmark_cifar.py progress qformer          FID of raw and averaged weights as they are now; a line a call
+    python tests/benchmark_cifar.py picture qformer           ten classes: coarse above fine above real
 
 All of them need --data cifar10.npz and --weights FILE (or download Inception's). FID is against the statistics of the training
 pictures, by `fid.py` with the half-pixel resize of pytorch-fid, as CIFAR-10 papers measure it. Any command may be cut off
@@ -53,6 +53,11 @@ def once(path, name, measure):
     return read()[name]
 
 
+def read_pictures(args, count):
+    with np.load(args.data, allow_pickle=False) as file:
+        return file["images"][:count]
+
+
 def pictures_of(args, count):
     """The first `count` training pictures as an .npz for fid.py."""
     path = args.folder / f"real-{count}.npz"
@@ -68,11 +73,6 @@ def statistics_of(args):
     if not path.exists():
         fid.main([str(pictures_of(args, args.reference)), "--make-stats", str(path), "--metrics", "IS", *fid_flags(args)])
     return path
-
-
-def read_pictures(args, count):
-    with np.load(args.data, allow_pickle=False) as file:
-        return file["images"][:count]
 
 
 def fid_flags(args):
@@ -215,7 +215,7 @@ def main(argv=None):
     parser = Parser(prog="benchmark_cifar.py", description=__doc__.partition("\n")[0])
     add = parser.add_argument
     add("what", choices=commands)
-    add("kind", nargs="?", choices=KINDS, default="cross")
+    add("kind", nargs="?", choices=KINDS, default="qformer")
     add("--data", type=Path, default=Path("cifar10.npz"))
     add("--weights", metavar="FILE", help="Inception weights (default: downloaded once)")
     add("--folder", type=Path, default=Path("runs/cifar10"), help="where runs, samples and results are kept")
@@ -234,6 +234,8 @@ def main(argv=None):
     with parser.plain_errors():
         if args.kind == "codes" and args.what in ("steps", "progress", "picture"):
             raise InputError(f"{args.what} codes: is about stage 2; name a kind of fusion")
+        if args.what == "row" and args.neighbours and min(args.neighbours, args.num) < 4:
+            raise InputError("--neighbours: precision and recall need four pictures on either side; give more, or --neighbours 0 for neither")
         args.device = choose_device(args.device)
         args.folder.mkdir(parents=True, exist_ok=True)
         commands[args.what](args)
