@@ -6,25 +6,33 @@
     torchrun --nproc_per_node=8 train.py --stage 1 --preset B                                           8 GPUs, one node
     torchrun --nproc_per_node=8 --nnodes=2 --node_rank=0 --master_addr=HOST train.py --stage 2 --preset B     two nodes
 
-Everything goes to one run folder (--out): tokenizers.pt, tokens/, stage0.pt, stage1.pt, stage2.pt and a .csv log per stage.
-The same command again resumes. All three stages run through one loop (`fit`); a stage brings a model whose forward is
-its loss, and a function that reads a batch.
+Everything goes to one run folder (--out): tokenizers.pt, tokens/, stage0.pt, stage1.pt, stage2.pt and a .csv log per
+stage. The same command again resumes. All three stages go through one loop, `fit`: a stage brings a model whose forward
+is its loss, and a function that reads one picture as this model wants it.
 
-Every random number of step k but dropout's is drawn for the whole batch from a generator seeded by (seed, stage, k), and each
-process takes its slice: a resumed run equals an uninterrupted one, and the number of processes changes nothing but
-rounding (and dropout).
+The random numbers of a picture in a training step come from a generator seeded by (seed, stage, step, place in the
+batch), and what a batch shares from (seed, stage, step). So a resumed run equals an uninterrupted one, and the number
+of processes changes nothing but rounding. (Dropout, which torch draws itself, differs between processes.)
 
-Reading order: batches of the three stages, parts of the loop, the loop, the stages, the command.
+Reading order: one picture, the step, the loop, the three stages, the command; then token cache, files, processes.
 """
+import argparse
 import contextlib
 import csv
 import functools
+import hashlib
+import json
 import math
+import os
+import re
 import signal
 import threading
 import time
 from dataclasses import asdict
+from datetime import timedelta
+from itertools import groupby
 from pathlib import Path
+from statistics import NormalDist
 
 import numpy as np
 import torch
@@ -32,27 +40,83 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 
-from d2c import PRESETS, ContinuousConfig, ContinuousGenerator, DiscreteConfig, DiscreteGenerator
-from sample import draw_grid
-from tokenizers import (KL16_SCALE, InputError, KLTokenizer, Parser, Processes, TokenCache, TokenizerConfig, VQTokenizer,
-                        autocast, check_space, clock, crc_of, encode_images, load_published, load_tokenizers, measure_scale, not_negative,
-                        open_images, positive, read_checkpoint, save_tokenizers, seed_number, seed_of, to_float,
-                        to_map, to_uint8, write_atomically)
+from d2c import PRESETS, ContinuousConfig, ContinuousGenerator, DiscreteConfig, DiscreteGenerator, compile_parts
+from tokenizers import (InputError, KLTokenizer, TokenizerConfig, VQTokenizer, open_images, reading, to_float,
+                        to_tokens)
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Batches: what a step needs, read and drawn
-# ---------------------------------------------------------------------------------------------------------------------
+# One picture of a batch, as each stage wants it ----------------------------------------------------------------------
+
+def read_picture(images, latent_shape, index, generator, shared):
+    """Stage 0: picture (3,S,S), mirrored with probability 1/2, and noise (C,h,w) for the KL tokenizer."""
+    picture = to_float(torch.as_tensor(images[index][0])[None])[0]                            # (3,S,S)
+    if torch.rand((), generator=generator) < 0.5:
+        picture = picture.flip(2)
+    return picture, torch.randn(latent_shape, generator=generator)
 
 
-def split_held_out(count, seed):
-    """(training, validation) indices of a data set: 1 % of the pictures, at most 5,000, are held out. Raises InputError."""
-    if count < 2:
-        raise InputError("--data: needs at least two pictures, one of which is held out for validation")
-    order = np.random.default_rng([seed, 1]).permutation(count)
-    held_out = max(1, min(count // 100, 5000))
-    return order[held_out:], order[:held_out]
+def read_codes(cache, index, generator, shared):
+    """Stage 1: codes (N,), mirrored with probability 1/2, and label; the class is dropped (-1) with probability 0.1."""
+    mirrored, dropped = torch.rand(2, generator=generator).tolist()
+    codes = torch.from_numpy(cache.codes[int(mirrored < 0.5), index].astype(np.int64))        # (N,)
+    return codes, -1 if dropped < 0.1 else int(cache.labels[index])
+
+
+def read_latents(cache, config, index, generator, shared):
+    """Stage 2: one picture's arguments of ContinuousGenerator.forward, for the `config` of that model.
+
+    The picture is mirrored with probability 1/2. `shared` decides how many places are hidden, the same for the whole
+    batch; which ones is the picture's own random order. Class and codes are dropped together with probability 0.1, for
+    guidance, and codes alone with 0.05, so that the class keeps a meaning of its own."""
+    places, channels = cache.moments.shape[2], cache.moments.shape[3] // 2
+    mirrored, dropped = torch.rand(2, generator=generator).tolist()
+    mirrored = int(mirrored < 0.5)
+    moments = torch.from_numpy(cache.moments[mirrored, index].astype(np.float32))             # (N,2C)
+    noise = torch.randn(places, channels, generator=generator)
+    latents = KLTokenizer.sample(moments, noise, dim=1) * cache.meta["scale"]                 # (N,C)
+    label = -1 if dropped < 0.1 else int(cache.labels[index])
+    codes = torch.from_numpy(cache.codes[mirrored, index].astype(np.int64))                   # (N,)
+    codes = codes.fill_(-1) if dropped < 0.15 else codes
+
+    hidden, order = hidden_places(places, config, shared), torch.randperm(places, generator=generator)
+    t = torch.randint(1000, (hidden, config.noise_levels), generator=generator)               # (H,R)
+    noise = torch.randn(hidden, config.noise_levels, channels, generator=generator)           # (H,R,C)
+    return latents, order[hidden:], order[:hidden], label, codes, t, noise
+
+
+def hidden_places(places, config, quantile):
+    """How many of `places` are hidden, at a quantile in [0,1) of a normal around 1, cut to [smallest share, 1]. (MAR's
+    smallest share, 0.7, would show four of 16 places at most, too few to learn from: hence the small presets' 0.1.)"""
+    deviation, smallest = config.hidden_share
+    normal = NormalDist(1, deviation)
+    low = normal.cdf(smallest)
+    return math.ceil(places * normal.inv_cdf(low + quantile * (0.5 - low)))
+
+
+class Pictures(Dataset):
+    """Item (step, place) is the picture at `place` of the batch of training step `step`: what `read` makes of it, with
+    the random numbers of this step and place. Every epoch visits all `indices` in a new order.
+
+    With `held_out` the pictures and their numbers are the same at every step, and what a batch shares takes SPREAD
+    values, evenly spread: so the number of hidden places in validation does not depend on the seed."""
+    SPREAD = 4
+
+    def __init__(self, read, indices, batch_size, stage, seed, held_out=False):
+        self.read, self.indices, self.batch_size, self.held_out = read, indices, batch_size, held_out
+        self.key = seed, stage
+
+    def __getitem__(self, step_and_place):
+        step, place = step_and_place
+        epoch, position = divmod(step * self.batch_size + place, len(self.indices))
+        index = int(self.indices[epoch_order(len(self.indices), self.key[0], epoch)[position]])
+        step = "held out" if self.held_out else step
+        shared = (self.part(place) + 0.5) / self.SPREAD if self.held_out else seed_of(*self.key, step) / 2**63
+        return self.read(index, torch.Generator().manual_seed(seed_of(*self.key, step, place)), shared)
+
+    def part(self, place):
+        """Which of the SPREAD parts of the held-out batch a place belongs to."""
+        return place * self.SPREAD // self.batch_size
 
 
 @functools.lru_cache(maxsize=2)
@@ -61,84 +125,184 @@ def epoch_order(count, seed, epoch):
     return np.random.default_rng([seed, 2, epoch]).permutation(count)
 
 
-class Batches(Dataset):
-    """Item k is the batch of step k: `read(chosen, part, generator)` of the pictures `chosen`, where the generator draws for
-    the whole batch and `part` is this process's slice of it. Pictures come in a new random order every epoch."""
-
-    VALIDATION_STEP = 2**32 - 1  # the validation batch: always the same pictures and draws
-
-    def __init__(self, read, indices, batch_size, stage, seed, processes):
-        self.read, self.indices, self.batch_size, self.stage, self.seed = read, indices, batch_size, stage, seed
-        share = batch_size // processes.size
-        self.part = slice(processes.rank * share, (processes.rank + 1) * share)
-
-    def __getitem__(self, step):
-        count = len(self.indices)
-        places = np.arange(self.batch_size) + (0 if step == self.VALIDATION_STEP else step * self.batch_size)
-        chosen = [self.indices[epoch_order(count, self.seed, place // count)[place % count]] for place in places.tolist()]
-        generator = torch.Generator().manual_seed(seed_of(self.seed, self.stage, step))
-        return self.read(np.array(chosen), self.part, generator)
+def seed_of(*parts):
+    """One 63-bit seed from integers or words: a hash of their text."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1
 
 
-def read_pictures(images, latent_shape, chosen, part, generator):
-    """Stage 0: pictures (b,3,S,S), half of them mirrored, and the KL tokenizer's noise (b,C,h,w)."""
-    mirrored = torch.rand(len(chosen), generator=generator)[part] < 0.5
-    noise = torch.randn(len(chosen), *latent_shape, generator=generator)[part].clone()  # see read_latents
-    pictures = to_float(torch.stack([torch.as_tensor(images[int(i)][0]) for i in chosen[part]]))
-    return torch.where(mirrored[:, None, None, None], pictures.flip(3), pictures), noise
+# The step ------------------------------------------------------------------------------------------------------------
+
+def learning_rate(step, steps, peak, warmup, decay):
+    """Linear warm-up: step s of the first `warmup` has (s + 1) / warmup of the peak. Then constant, or (decay="cosine")
+    a half cosine from the peak to zero at `steps`."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    share = (step - warmup) / max(1, steps - warmup)
+    return peak if decay == "constant" else peak * 0.5 * (1 + math.cos(math.pi * share))
 
 
-def read_codes(cache, chosen, part, generator):
-    """Stage 1: codes (b,N) and labels (b,); the class is dropped in 10 % of samples, for guidance."""
-    mirrored = torch.randint(2, (len(chosen),), generator=generator)[part].numpy()
-    dropped = torch.rand(len(chosen), generator=generator)[part] < 0.1
-    codes = torch.from_numpy(cache.codes[mirrored, chosen[part]].astype(np.int64))
-    return codes, torch.from_numpy(cache.labels[chosen[part]]).masked_fill(dropped, -1)
+def ema_decay(step, longest):
+    """Decay of the moving average of weights: a young average forgets its random start quickly."""
+    return min(longest, (1 + step) / (10 + step))
 
 
-def read_latents(cache, config, code_noise, chosen, part, generator):
-    """Stage 2: the arguments of ContinuousGenerator.forward, for its `config`. The share of hidden places is drawn once for
-    the batch (MAR: around 1, cut to [0.7, 1]; of 16 places that would show four at most, too few to learn from, hence the
-    demo's wider one). Class and codes are dropped together in 10 % of samples, for guidance; codes alone in 5 %, so that
-    the class keeps its own meaning; and a share `code_noise` of all codes is replaced by random ones."""
-    batch, (places, double) = len(chosen), cache.moments.shape[2:]
-    channels = double // 2
-
-    # A slice keeps the whole batch's memory alive, and a worker process would send all of it: hence the clones.
-    def uniform(*shape):
-        return torch.rand(*shape, generator=generator)[part].clone()
-
-    def normal(*shape):
-        return torch.randn(*shape, generator=generator)[part].clone()
-
-    mirrored = torch.randint(2, (batch,), generator=generator)[part].numpy()
-    deviation, smallest = config.hidden_share
-    share = nn.init.trunc_normal_(torch.empty(1), mean=1.0, std=deviation, a=smallest, b=1.0, generator=generator)
-    hidden = math.ceil(places * float(share))
-    order = uniform(batch, places).argsort(1)
-    moments = torch.from_numpy(cache.moments[mirrored, chosen[part]].astype(np.float32))      # (b,N,2C)
-    latents = KLTokenizer.sample(moments, normal(batch, places, channels), dim=2) * cache.meta["scale"]
-    codes = torch.from_numpy(cache.codes[mirrored, chosen[part]].astype(np.int64))            # (b,N)
-    wrong = torch.randint(cache.meta["codebook_size"], (batch, places), generator=generator)[part]
-    codes = torch.where(uniform(batch, places) < code_noise, wrong, codes)
-    dropped = uniform(batch)
-    labels = torch.from_numpy(cache.labels[chosen[part]]).masked_fill(dropped < 0.1, -1)
-    codes = codes.masked_fill(dropped[:, None] < 0.15, -1)
-    t = torch.randint(1000, (batch, hidden, config.noise_levels), generator=generator)[part].clone()
-    noise = normal(batch, hidden, config.noise_levels, channels)
-    return latents, order[:, hidden:], order[:, :hidden], labels, codes, t, noise
+def parameter_groups(model, weight_decay):
+    """Weight decay on matrices only, and never on the diffusion head (LlamaGen and MAR)."""
+    decayed, free = [], []
+    for name, parameter in model.named_parameters():
+        (decayed if parameter.ndim >= 2 and not name.startswith("diffloss.") else free).append(parameter)
+    return [dict(params=decayed, weight_decay=weight_decay), dict(params=free, weight_decay=0.0)]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Parts of the loop
-# ---------------------------------------------------------------------------------------------------------------------
+def split(batch, parts, device):
+    """A batch, a tuple of tensors, on the device and in `parts` equal parts: a list of tuples."""
+    return list(zip(*(x.to(device, non_blocking=True).chunk(parts) for x in batch)))
+
+
+def training_step(model, average, optimizer, batch, step, settings, args, processes):
+    """One training step: loss and gradient, clipping, update, moving average. Returns the loss, a tensor.
+
+    model: its forward is the loss; among several processes it is wrapped in DistributedDataParallel, which averages the
+    gradients. average: an AveragedModel of it. batch: this process's pictures. settings: those of `fit`."""
+    bare = model.module if isinstance(model, DistributedDataParallel) else model
+    torch.manual_seed(seed_of(args.seed, settings["stage"], step, processes.rank))            # dropout
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(step, settings["steps"], settings["lr"], settings["warmup"], settings["decay"])
+    model.train()
+    total, parts = 0.0, split(batch, args.accumulate, processes.device)
+    for k, part in enumerate(parts):
+        waits = bare is not model and k < len(parts) - 1  # gradients travel once per step, with the last part
+        with model.no_sync() if waits else contextlib.nullcontext():
+            with autocast(processes.device, args.dtype):
+                loss = model(*part) / len(parts)
+            loss.backward()
+        total = total + loss.detach()
+    for module in bare.children() if isinstance(bare, Tokenizers) else [bare]:  # the two tokenizers share nothing
+        nn.utils.clip_grad_norm_(module.parameters(), settings["grad_clip"])
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    if isinstance(bare, Tokenizers):
+        bare.revive_codes(processes, torch.Generator().manual_seed(seed_of(args.seed, settings["stage"], step, 0, 0)))
+    average.multi_avg_fn = get_ema_multi_avg_fn(ema_decay(step, settings["ema"]))
+    average.update_parameters(bare)
+    return total
+
+
+# The loop ------------------------------------------------------------------------------------------------------------
+
+LOG_COLUMNS = ["step", "loss", "validation", "learning_rate", "images_per_second", "seconds"]
+
+
+def fit(stage, model, read, count, defaults, run, extra, args, processes):
+    """Train `model` (its forward is the loss) from the run's checkpoint, if there is one, to the steps asked for.
+
+    read: one of the functions above, for `count` pictures; 1 % of them, at most 5,000, are held out. defaults: the
+    preset's training settings. run: what must not change between commands. extra: stored in the checkpoint for
+    sample.py. Returns the averaged (EMA) model. Raises InputError if the command does not fit data or checkpoint, or a
+    loss is not finite."""
+    device, path = processes.device, Path(args.out) / f"stage{stage}.pt"
+    steps, batch_size = args.steps or defaults["steps"], args.batch_size or defaults["batch_size"]
+    settings = defaults | dict(
+        stage=stage, steps=steps, warmup=min(defaults["warmup"], steps // 5),  # a trial of few steps should learn, too
+        lr=defaults["lr"] * batch_size / defaults["batch_size"] if args.lr is None else args.lr)
+    run = run | dict(batch_size=batch_size) | (dict(steps=steps) if settings["decay"] != "constant" else {})
+    if batch_size % (parts := processes.size * args.accumulate):
+        raise InputError(f"--batch-size {batch_size}: must be divisible by {parts}, processes x --accumulate")
+    if count < 2:
+        raise InputError("--data: needs at least two pictures, one of which is held out for validation")
+    order, last = np.random.default_rng([args.seed, 1]).permutation(count), max(1, min(count // 100, 5000))
+    train = Pictures(read, order[last:], batch_size, stage, args.seed)
+    held_out = Pictures(read, order[:last], batch_size, stage, args.seed, held_out=True)
+    model = model.to(device)
+    average = AveragedModel(model)
+    average.n_averaged.fill_(1)  # else its first update copies the model instead of averaging
+    groups = parameter_groups(model, settings["weight_decay"])
+    optimizer = torch.optim.AdamW(groups, lr=settings["lr"], betas=(0.9, 0.95), fused=device.type == "cuda")
+    start, log = 0, []
+    if path.exists():
+        file = read_checkpoint(path)
+        run = check_run(path, file.get("run"), run)
+        with reading(path, "it does not fit this stage; move it away or choose another --out"):
+            model.load_state_dict(file["model"])
+            average.module.load_state_dict(file["ema"])
+            optimizer.load_state_dict(file["optimizer"])
+            start, log = int(file["step"]), list(file["log"])
+        del file
+    if len(set(processes.gather(torch.tensor([start], device=device)).tolist())) > 1:
+        raise InputError(f"{path}: is not the same for all processes; --out must lie on storage that all nodes share")
+    if start >= steps:
+        processes.say(f"stage {stage}: finished ({start} steps)")
+        return average.module
+
+    def save(step):
+        if processes.rank == 0:
+            with writing(path) as temporary:
+                torch.save(dict(extra, run=run, stage=stage, step=step, log=log, model=model.state_dict(),
+                                ema=average.module.state_dict(), optimizer=optimizer.state_dict()), temporary)
+            with writing(path.with_suffix(".csv")) as temporary, open(temporary, "w", newline="") as file:
+                csv.writer(file).writerows([LOG_COLUMNS, *log])
+        processes.wait()
+
+    share = batch_size // processes.size
+    mine = range(processes.rank * share, (processes.rank + 1) * share)                        # places in the batch
+    parts = [default_collate([held_out[0, place] for place in places]) for _, places in groupby(mine, held_out.part)]
+    parts = [smaller for part in parts for smaller in split(part, args.accumulate, device)]
+
+    @torch.no_grad()
+    def validate():
+        """Loss of the averaged weights on held-out pictures, a mean over pictures."""
+        average.module.eval()
+        with autocast(device, args.dtype):
+            return processes.mean(sum(average.module(*part) * len(part[0]) for part in parts) / share).item()
+
+    if args.compile and stage:
+        torch._dynamo.config.optimize_ddp = False  # it would cut each block's small graph; blocks overlap enough
+        compile_parts(model)
+    trained = model
+    if processes.size > 1:
+        devices = [device.index] if device.type == "cuda" else None
+        trained = DistributedDataParallel(model, devices, broadcast_buffers=False)
+    resuming = f"resuming {path} at step {start} of {steps}, " if start else ""
+    processes.say(f"stage {stage}: {resuming}{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, "
+                  f"{len(train.indices)} pictures, steps of {batch_size}, on {processes.size} x {device}")
+    keys = ([(step, place) for place in mine] for step in range(start, steps))
+    loader = DataLoader(train, batch_sampler=keys, num_workers=args.workers, pin_memory=device.type == "cuda",
+                        worker_init_fn=leave_signals)
+    log_every = max(1, min(100, steps // 20))
+    losses, earlier = [], log[-1][-1] if log else 0.0  # losses stay on the device until they are logged
+    began = last = time.time()
+    with stop_signals() as received:
+        for step, batch in zip(range(start, steps), loader):
+            losses.append(training_step(trained, average, optimizer, batch, step, settings, args, processes))
+            done = step + 1
+            stop = agree_to_stop(received, done, processes)
+            save_now = done % args.save_every == 0 or done == steps or stop
+            if done % log_every == 0 or save_now:
+                history, validation = processes.mean(torch.stack(losses)).tolist(), validate()
+                bad = [done - len(history) + i for i, loss in enumerate(history) if not math.isfinite(loss)]
+                if bad or not math.isfinite(validation):
+                    raise InputError(f"stage {stage}: the loss is not finite at step {bad[0] if bad else step}; is "
+                                     f"the rate too high? Try --lr {settings['lr'] / 3:.1e}. The last save is as it was")
+                now, rate = time.time(), optimizer.param_groups[0]["lr"]
+                speed, eta = len(history) * batch_size / (now - last), (steps - done) * (now - began) / (done - start)
+                log.append([done, round(sum(history) / len(history), 5), round(validation, 5), float(f"{rate:.4g}"),
+                            round(speed, 1), round(earlier + now - began, 1)])
+                processes.say(f"stage {stage}  step {done}/{steps}  loss {log[-1][1]:.4f}  validation "
+                              f"{validation:.4f}  rate {rate:.2e}  {speed:.0f} images/s  ETA {clock(eta)}")
+                losses, last = [], now
+            if save_now:
+                save(done)
+            if stop:
+                processes.say(f"stopped after step {done} and saved {path}; run the same command again to go on")
+                raise SystemExit(128 + stop)
+    return average.module
 
 
 @contextlib.contextmanager
 def stop_signals():
-    """A list that receives SIGINT or SIGTERM, so that the loop can finish its step and save; one more after a second kills
-    (`timeout` and job schedulers send the first one twice)."""
-    received, before, times = [], {}, []
+    """A list that receives SIGINT or SIGTERM, so that the loop can finish its step and save. `timeout` and job
+    schedulers send the first signal twice; one more after a second kills."""
+    received, times = [], []
 
     def receive(number, frame):
         received.append(number)
@@ -147,8 +311,8 @@ def stop_signals():
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
 
-    if threading.current_thread() is threading.main_thread():
-        before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
+    main_thread = threading.current_thread() is threading.main_thread()  # elsewhere Python allows no handlers
+    before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM) if main_thread}
     try:
         yield received
     finally:
@@ -158,230 +322,40 @@ def stop_signals():
 
 def leave_signals(worker):
     """For processes that read data: a signal to the whole group is for the main one, which saves and then ends them."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def agree_to_stop(received, step, processes):
-    """The signal to stop on, or 0. All processes must stop after the same step, so they ask each other at every tenth."""
-    if processes.size == 1:
-        return received[0] if received else 0
-    if step % 10:
-        return 0
-    told = torch.tensor(max(received, default=0), device=processes.device)
-    dist.all_reduce(told, dist.ReduceOp.MAX)
-    return int(told)
-
-
-def learning_rate(step, steps, peak, warmup, decay):
-    """Linear warm-up, then constant, or a cosine to zero at `steps`."""
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    return peak if decay == "constant" else peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
-
-
-def parameter_groups(model, weight_decay, fusion_lr):
-    """Weight decay on matrices only, and never on the diffusion head (LlamaGen and MAR); what is not MAR's learns at
-    `fusion_lr` times the rate. (groups for the optimizer, the factor of each group)."""
-    groups = {(decays, added): [] for decays in (True, False) for added in (False, True)}
-    for name, parameter in model.named_parameters():
-        decays = parameter.ndim >= 2 and not name.startswith("diffloss.")
-        groups[decays, name.startswith(ContinuousGenerator.ADDED)].append(parameter)
-    return ([dict(params=group, weight_decay=weight_decay * decays) for (decays, _), group in groups.items()],
-            [fusion_lr if added else 1.0 for _, added in groups])
-
-
-def check_run(path, before, run):
-    """What changes the meaning of a run must be as it was; None in `run` stands for whatever it was. Returns the run in
-    full. Raises InputError naming the difference."""
-    if not isinstance(before, dict):
-        raise InputError(f"{path}: not made by this project; move it away or choose another --out")
-    for name, value in run.items():
-        if value is not None and before.get(name) != value:
-            raise InputError(f"{path}: was made with {name} {before.get(name)}, this command has {name} {value}; "
-                             "use the same, or choose another --out")
-    return before
-
-
-LOG_COLUMNS = ["step", "loss", "validation", "learning_rate", "images_per_second", "seconds"]
-
-
-def write_log(path, log):
-    """The log as .csv, written whole: no row stands there twice after a resume."""
-    def write(temporary):
-        with open(temporary, "w", newline="") as file:
-            csv.writer(file).writerows([LOG_COLUMNS, *log])
-
-    write_atomically(path, write)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The loop
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def fit(stage, model, train, validation, defaults, run, extra, args, processes, preview=None):
-    """Train `model` (its forward is the loss) from the run's checkpoint, if there is one, up to the number of steps asked for.
-
-    train, validation: Batches. defaults: the preset's training settings. run: what must not change between sessions.
-    extra: stored in the checkpoint for sample.py. preview(model) -> a PIL picture of what the averaged model can do.
-    Returns the averaged (EMA) model. Raises InputError when a checkpoint does not fit the command, when there is no room for
-    it, or when the loss is not finite.
-    """
-    device, path = processes.device, Path(args.out) / f"stage{stage}.pt"
-    steps = args.steps or defaults["steps"]
-    warmup = min(defaults["warmup"], steps // 5)  # a trial of few steps should learn something too
-    peak = defaults["lr"] * train.batch_size / defaults["batch_size"] if args.lr is None else args.lr
-    if train.batch_size % (processes.size * args.accumulate):
-        raise InputError(f"--batch-size {train.batch_size}: must be divisible by processes x --accumulate = "
-                         f"{processes.size} x {args.accumulate}")
-    model = model.to(device)
-    average = AveragedModel(model)
-    average.n_averaged.fill_(1)  # else its first update copies the model instead of averaging
-    groups, factors = parameter_groups(model, defaults["weight_decay"], args.fusion_lr)
-    optimizer = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.95), fused=device.type == "cuda")
-    start, log = 0, []
-    if path.exists():
-        file = read_checkpoint(path, mmap=device.type != "cpu")  # on the CPU the optimizer keeps the tensors it is given
-        run = check_run(path, file.get("run"), run)
-        try:
-            model.load_state_dict(file["model"])
-            average.module.load_state_dict(file["ema"])
-            optimizer.load_state_dict(file["optimizer"])
-            start, log = int(file["step"]), list(file["log"])
-        except (KeyError, TypeError, RuntimeError, ValueError) as error:
-            raise InputError(f"{path}: does not fit this stage ({str(error)[:300]})") from error
-        del file
-    if len(set(processes.gather(torch.tensor([start], device=device)).tolist())) > 1:
-        raise InputError(f"{path}: is not the same for all processes; --out must lie on storage that all nodes share")
-    if start:
-        if start >= steps:
-            processes.say(f"stage {stage}: finished ({start} steps); a larger --steps continues")
-            return average.module
-        processes.say(f"stage {stage}: resuming {path} at step {start} of {steps}")
-
-    size = 4 * sum(value.numel() * value.element_size() for value in model.state_dict().values())  # weights, average, two moments
-    if processes.rank == 0:  # a new checkpoint is whole before the old one goes
-        check_space(path.parent, size if path.exists() else 2 * size, "its checkpoints")
-
-    def save(step):
-        if processes.rank == 0:
-            content = dict(extra, run=run, stage=stage, step=step, log=log, model=model.state_dict(),
-                           ema=average.module.state_dict(), optimizer=optimizer.state_dict())
-            write_atomically(path, lambda temporary: torch.save(content, temporary))
-            write_log(path.with_suffix(".csv"), log)
-        processes.wait()
-
-    def parts(batch):
-        """A batch on the device, split for accumulation: a list of argument tuples."""
-        return list(zip(*(x.to(device, non_blocking=True).chunk(args.accumulate) for x in batch)))
-
-    held_out = parts(validation[Batches.VALIDATION_STEP])
-
-    @torch.no_grad()
-    def validate():
-        """Loss of the averaged weights on held-out pictures."""
-        average.module.eval()
-        with autocast(device, args.dtype):
-            losses = torch.stack([average.module(*part) for part in held_out])
-        return processes.mean(losses.mean()).item()
-
-    model.checkpointing = args.checkpointing
-    if args.compile:
-        torch._dynamo.config.optimize_ddp = False  # it would cut each block's small graph to pieces; blocks are overlap enough
-        model.compile()
-    trained = model
+    """The signal to stop on, or 0. Processes must stop after the same step, so they ask each other at every tenth."""
     if processes.size > 1:
-        trained = DistributedDataParallel(model, [device.index] if device.type == "cuda" else None, broadcast_buffers=False)
-    processes.say(f"stage {stage}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(train.indices)} pictures, "
-                  f"steps of {train.batch_size}, {processes.size} process{'es' if processes.size > 1 else ''} on {device}")
-    loader = DataLoader(train, batch_size=None, sampler=range(start, steps), num_workers=args.workers,
-                        pin_memory=device.type == "cuda", worker_init_fn=leave_signals)
-    log_every = args.log_every or max(1, min(100, steps // 20))
-    losses, saved = [], start  # losses stay on the device until they are logged
-    began = last = time.time()
-    earlier = log[-1][-1] if log else 0.0
-    with stop_signals() as received:
-        for step, batch in zip(range(start, steps), loader):
-            torch.manual_seed(seed_of(args.seed, stage, step, processes.rank))  # dropout
-            rate = learning_rate(step, steps, peak, warmup, defaults["decay"])
-            for group, factor in zip(optimizer.param_groups, factors):
-                group["lr"] = rate * factor
-            model.train()
-            micro_batches = parts(batch)
-            for k, micro_batch in enumerate(micro_batches):
-                waits = processes.size > 1 and k < len(micro_batches) - 1  # gradients travel once per step
-                with trained.no_sync() if waits else contextlib.nullcontext():
-                    with autocast(device, args.dtype):
-                        loss = trained(*micro_batch) / args.accumulate
-                    loss.backward()
-                losses.append(loss.detach())
-            nn.utils.clip_grad_norm_(model.parameters(), defaults["grad_clip"])
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            if hasattr(model, "after_step"):  # stage 0: dead codes
-                model.after_step(processes, torch.Generator().manual_seed(seed_of(args.seed, stage, step, 0, 0)))
-            decay = min(defaults["ema"], (1 + step) / (10 + step))  # a young average forgets its random start quickly
-            average.multi_avg_fn = get_ema_multi_avg_fn(decay)
-            average.update_parameters(model)
-
-            done = step + 1
-            stop = agree_to_stop(received, done, processes)
-            save_now = done % args.save_every == 0 or done == steps or stop
-            if done % log_every == 0 or save_now:
-                history = processes.mean(torch.stack(losses).view(-1, args.accumulate).sum(1)).cpu()   # a loss per step
-                losses, held_out_loss = [], validate()
-                if not (history.isfinite().all() and math.isfinite(held_out_loss)):
-                    at = done - len(history) + (history.isfinite().tolist() + [False]).index(False)
-                    kept = f"{path} (step {saved}) is as it was" if saved else "Nothing was saved yet"
-                    raise InputError(f"stage {stage}: the loss is not finite at step {at} (learning rate {rate:.2e}); most likely "
-                                     f"the rate is too high: try --lr {peak / 3:.1e}. {kept}")
-                now = time.time()
-                speed = len(history) * train.batch_size / (now - last)
-                last = now
-                log.append([done, round(float(history.mean()), 5), round(held_out_loss, 5), float(f"{rate:.4g}"),
-                            round(speed, 1), round(earlier + now - began, 1)])
-                processes.say(f"stage {stage}  step {done}/{steps}  loss {log[-1][1]:.4f}  validation {held_out_loss:.4f}  "
-                              f"rate {rate:.2e}  {speed:.0f} images/s  ETA {clock((steps - done) * (now - began) / (done - start))}")
-            if save_now:
-                save(done)
-                saved = done
-            if preview and done % args.sample_every == 0:
-                if processes.rank == 0:
-                    write_atomically(path.with_suffix(".png"), preview(average.module.eval()).save)
-                processes.wait()
-            if stop:
-                processes.say(f"stopped after step {done} and saved {path}; run the same command again to go on")
-                raise SystemExit(128 + stop)
-    return average.module
+        told = torch.tensor(received[:1] or [0], device=processes.device)
+        received = [0] if step % 10 else processes.gather(told).tolist()
+    return max(received, default=0)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Stage 0: tokenizers and token cache
-# ---------------------------------------------------------------------------------------------------------------------
-
+# Stage 0: tokenizers and token cache ---------------------------------------------------------------------------------
 
 class Tokenizers(nn.Module):
     """Both tokenizers under one loss (they share no parameter), with revival of dead codes."""
-
     PATIENCE = 30  # steps without use before a code counts as dead
 
     def __init__(self, vq, kl):
         super().__init__()
         self.vq, self.kl = vq, kl
-        self.seen = []  # codes and encoder outputs of the current step, for after_step
+        self.seen = []  # codes and encoder outputs of the current step
         self.register_buffer("unused", torch.zeros(vq.config.codebook_size, dtype=torch.int64))
 
     def forward(self, pictures, noise):
         loss, codes, z = self.vq(pictures)
         if self.training:
-            self.seen.append((codes.detach().flatten(), z.detach().permute(0, 2, 3, 1).flatten(0, 2)))  # (bhw,), (bhw,code_dim)
+            self.seen.append((codes.flatten(), z.detach().permute(0, 2, 3, 1).flatten(0, 2)))  # (bhw,), (bhw,code_dim)
         return loss + self.kl(pictures, noise)
 
     @torch.no_grad()
-    def after_step(self, processes, generator):
-        """Move codes that no place chose for some time onto encoder outputs of this batch (after the optimizer's step,
-        which would move them again)."""
+    def revive_codes(self, processes, generator):
+        """Move codes that no place chose for PATIENCE steps onto encoder outputs of this batch, drawn at random. (After
+        the optimizer's step, which would move them again.)"""
         codes, z = (processes.gather(torch.cat(x)) for x in zip(*self.seen))
         self.seen = []
         self.unused += 1
@@ -392,207 +366,139 @@ class Tokenizers(nn.Module):
         self.unused[dead] = 0
 
 
-def file_name(path):
-    """How a run remembers a file or data set: by its full path (None: not given)."""
-    return path if path in (None, "shapes") else str(Path(path).resolve())
-
-
-def retrain_wanted(args):
-    """`--stage 0 --steps MORE` trains existing tokenizers further. Raises InputError when weights already build on them."""
-    out = Path(args.out)
-    if args.stage != 0 or not args.steps or not (out / "stage0.pt").exists():
-        return False
-    if args.steps <= read_checkpoint(out / "stage0.pt").get("step", 0):
-        return False
-    for name in ("stage1.pt", "stage2.pt"):
-        if (out / name).exists():
-            raise InputError(f"--steps: training the tokenizers further would make {out / name} useless; remove it first")
-    return True
-
-
-def make_tokenizers(args, preset, images, run, processes):
-    """(VQTokenizer, KLTokenizer) of the run: those it has, published ones (--vq, --kl), or trained here; in tokenizers.pt."""
-    path, device = Path(args.out) / "tokenizers.pt", processes.device
-    there, retrain = path.exists(), retrain_wanted(args)
-    processes.wait()  # all look before one of them changes what there is
-    if there and not retrain:
-        vq, kl, _, before = load_tokenizers(path, device)
-        run.update(check_run(path, before, run))
-        return vq, kl
-    if processes.rank == 0:  # from here on the old ones count no longer, nor a cache that they made; stage0.pt has their weights
-        (Path(args.out) / "tokens" / "meta.json").unlink(missing_ok=True)
-        path.unlink(missing_ok=True)
-    if args.vq:
-        vq = load_published(VQTokenizer.from_published, args.vq).to(device).eval()
-        kl = load_published(KLTokenizer.from_published, args.kl).to(device).eval()
-    else:
-        torch.manual_seed(seed_of(args.seed, 0))
-        vq, kl = VQTokenizer(TokenizerConfig(**preset["vq"])), KLTokenizer(TokenizerConfig(**preset["kl"]))
-        defaults = preset["train"][0]
-        batch_size = args.batch_size or defaults["batch_size"]
-        side = preset["size"] // kl.config.factor
-        latent_shape = (kl.config.z_channels, side, side)
-        read = functools.partial(read_pictures, images, latent_shape)
-        train, held_out = split_held_out(len(images), args.seed)
-        batches = [Batches(read, indices, batch_size, 0, args.seed, processes) for indices in (train, held_out)]
-        trained = fit(0, Tokenizers(vq, kl), *batches, defaults, dict(run, batch_size=batch_size), {}, args, processes)
-        vq, kl = trained.vq.eval(), trained.kl.eval()
-    kl.scale = measure_scale(kl, images, device, args.seed)
-    if args.kl and abs(kl.scale / KL16_SCALE - 1) < 0.05:
-        kl.scale = KL16_SCALE  # KL-16 on something like ImageNet: keep what MAR's weights were trained on, to the digit
-    if processes.rank == 0:
-        save_tokenizers(path, vq, kl, preset["size"], run)
-    processes.wait()
-    return vq, kl
+KL16_SCALE = 0.2325  # of KL-16 on ImageNet; MAR's weights expect latents multiplied by exactly this
 
 
 def stage0(args, preset, processes):
-    """Tokenizers and token cache, each unless it is there. Raises InputError."""
-    cache = Path(args.out) / "tokens"
-    run = dict(preset=args.preset, data=file_name(args.data), seed=args.seed, vq=file_name(args.vq), kl=file_name(args.kl))
-    if (cache / "meta.json").exists() and not retrain_wanted(args):
-        meta = TokenCache(cache).meta
-        check_run(cache, meta.get("run"), run)
-        if args.stage in (None, 0):
-            processes.say(f"stage 0: finished ({meta['count']} pictures encoded in {cache})")
+    """Make the tokenizers and the token cache, each unless it is there. Raises InputError."""
+    path, folder = Path(args.out) / "tokenizers.pt", Path(args.out) / "tokens"
+    files = {name: full_name(getattr(args, name)) for name in ("data", "vq", "kl")}
+    run = dict(preset=args.preset, seed=args.seed, **files)
+    if (folder / "meta.json").exists():
+        meta = TokenCache(folder).meta
+        check_run(folder, meta["run"], run)
+        if not args.stage:
+            processes.say(f"stage 0: finished ({meta['count']} pictures encoded in {folder})")
         return
-    if args.stage in (1, 2):
-        processes.say(f"stage {args.stage} needs the token cache {cache}, which is not there yet: building it (stage 0)")
-    data = args.data or ("shapes" if args.preset == "demo" else None)
-    if data is None:
-        raise InputError(f"preset {args.preset} needs --data: a folder of class folders, an .npz, or shapes")
-    if preset["vq"] is None and not args.vq and not (Path(args.out) / "tokenizers.pt").exists():
+    if args.stage:
+        processes.say(f"stage {args.stage} needs the token cache {folder}, which is not there: building it (stage 0)")
+    kinds, there = (("vq", VQTokenizer), ("kl", KLTokenizer)), path.exists()
+    if there:
+        vq, kl, file = load_tokenizers(path)
+        run = check_run(path, file["run"], run)
+    elif args.vq:
+        vq, kl = (load_published(cls.from_published, getattr(args, name)) for name, cls in kinds)
+    elif preset["vq"]:
+        torch.manual_seed(seed_of(args.seed, 0))
+        vq, kl = (cls(TokenizerConfig(**preset[name])) for name, cls in kinds)
+    else:
         raise InputError(f"preset {args.preset} uses the published tokenizers: give both --vq FILE and --kl FILE")
-    if not processes.one_node:
-        raise InputError("the token cache must be built on one node (its processes share files): run --stage 0 there first")
-    run["data"] = file_name(data)
-    images = open_images(data, preset["size"], args.seed, args.skip_bad)
-    vq, kl = make_tokenizers(args, preset, images, run, processes)
-    encode_images(images, vq, kl, cache, run, processes, workers=args.workers)
+    if run["data"] is None:
+        raise InputError(f"preset {args.preset} needs --data: a folder of class folders, an .npz, or shapes")
+    if vq.config.factor != kl.config.factor:
+        raise InputError(f"the grids of --vq and --kl differ: {vq.config.factor} and {kl.config.factor} pixels a place")
+    if processes.size > int(os.environ.get("LOCAL_WORLD_SIZE", 1)):
+        raise InputError("the token cache is made on one node, whose processes share files: run --stage 0 there first")
+    images = open_images(run["data"], preset["size"], args.seed)
+    processes.wait()  # all have looked before one of them writes
+    if not there:
+        if not args.vq:
+            side = preset["size"] // kl.config.factor
+            read = functools.partial(read_picture, images, (kl.config.z_channels, side, side))
+            trained = fit(0, Tokenizers(vq, kl), read, len(images), preset["train"][0], run, {}, args, processes)
+            vq, kl = trained.vq, trained.kl
+        vq, kl = vq.to(processes.device).eval(), kl.to(processes.device).eval()
+        kl.scale = measure_scale(kl, images, args.seed)
+        if args.kl and abs(kl.scale / KL16_SCALE - 1) < 0.05:
+            kl.scale = KL16_SCALE  # KL-16 on something like ImageNet: keep what MAR's weights were trained on
+        file = save_tokenizers(path, vq, kl, preset["size"], run, processes)
+    encode_images(images, vq.to(processes.device), kl.to(processes.device), file["id"], folder, run, processes,
+                  args.workers)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Stages 1 and 2: the generators
-# ---------------------------------------------------------------------------------------------------------------------
+@torch.no_grad()
+def measure_scale(kl, images, seed=0):
+    """1 / standard deviation of the latents of up to 2,048 pictures drawn at random. Raises InputError."""
+    chosen = Subset(images, np.random.default_rng(seed).permutation(len(images))[:2048].tolist())
+    generator, latents = torch.Generator().manual_seed(seed), []
+    for pictures, _ in DataLoader(chosen, batch_size=64):
+        moments = kl.encode(to_float(pictures.to(kl.quant_conv.weight.device))).cpu()         # (B,2C,h,w)
+        latents.append(kl.sample(moments, torch.randn(moments.chunk(2, 1)[0].shape, generator=generator)).double())
+    scale = 1 / float(torch.cat(latents).std())
+    if not 0 < scale < math.inf:
+        raise InputError("the KL tokenizer's latents are constant or not finite: train it longer, or check --kl")
+    return scale
 
+
+# Stages 1 and 2: the generators --------------------------------------------------------------------------------------
 
 def train_generator(stage, args, preset, processes):
     """Stage 1 or 2 on the token cache. Raises InputError."""
     out = Path(args.out)
-    cache = TokenCache(out / "tokens", verify=processes.local_rank == 0)
-    processes.wait()
-    meta, defaults = cache.meta, preset["train"][stage]
-    batch_size = args.batch_size or defaults["batch_size"]
-    run = dict(preset=args.preset, seed=args.seed, batch_size=batch_size, tokens=cache.identity, init=file_name(args.init))
+    cache, (vq, _, file) = TokenCache(out / "tokens"), load_tokenizers(out / "tokenizers.pt")
+    meta = cache.meta
+    if file["id"] != meta["tokenizers"]:
+        raise InputError(f"{cache.folder}: was not made with {out}/tokenizers.pt; delete it and run train.py --stage 0")
+    run = dict(preset=args.preset, seed=args.seed, tokens=file["id"], init=full_name(args.init))
     common = dict(num_classes=len(meta["classes"]), grid=tuple(meta["grid"]), codebook_size=meta["codebook_size"])
     torch.manual_seed(seed_of(args.seed, stage))
     if stage == 1:
         model = DiscreteGenerator(DiscreteConfig(**common, **preset["stage1"]))
         read = functools.partial(read_codes, cache)
     else:
-        fusion = args.fusion or preset["fusion"]
-        run.update(fusion=fusion, code_noise=args.code_noise)
-        model = ContinuousGenerator(ContinuousConfig(**common, **preset["stage2"], channels=meta["channels"], fusion=fusion))
-        read = functools.partial(read_latents, cache, model.config, args.code_noise)
-    vq, kl, *_ = load_tokenizers(out / "tokenizers.pt")
-    if [crc_of(vq), crc_of(kl)] != meta["tokenizers"]:
-        raise InputError(f"{out / 'tokens'}: was not made with {out / 'tokenizers.pt'}; delete the folder and run train.py --stage 0")
-    if stage == 2 and fusion != "none":
-        model.start_fusion(vq.codebook())
+        run["fusion"] = args.fusion or preset["fusion"]
+        config = ContinuousConfig(**common, **preset["stage2"], channels=meta["channels"], fusion=run["fusion"])
+        model = ContinuousGenerator(config)
+        if config.fusion != "none":
+            model.start_fusion(vq.codebook())
+        read = functools.partial(read_latents, cache, config)
     if args.init and not (out / f"stage{stage}.pt").exists():
-        load_published(model.load_published, args.init, prefer_ema=args.init_ema)
+        load_published(model.load_published, args.init)
         processes.say(f"stage {stage}: starting from {args.init}")
-    train, held_out = (cache.usable[part] for part in split_held_out(len(cache.usable), args.seed))
-    batches = [Batches(read, indices, batch_size, stage, args.seed, processes) for indices in (train, held_out)]
-    extra = dict(config=asdict(model.config), classes=meta["classes"], scale=meta["scale"], tokenizers=meta["tokenizers"])
-    vq, kl, shown, settings = vq.to(processes.device), kl.to(processes.device), held_out[:10], preset["sample"]
-
-    @torch.no_grad()
-    def preview(model):
-        """What the averaged model samples for the classes (stage 2: and codes) of held-out pictures, beside those pictures."""
-        generator = torch.Generator(processes.device).manual_seed(args.seed)
-        labels = torch.from_numpy(cache.labels[shown]).to(processes.device)
-        codes = torch.from_numpy(cache.codes[0, shown].astype(np.int64)).to(processes.device)
-        rows = {"data, VQ": vq.decode(codes.unflatten(1, model.config.grid))}
-        with autocast(processes.device, args.dtype):
-            if stage == 1:
-                sampled = model.generate(labels, settings["cfg1"], settings["temperature1"], generator=generator)
-            else:
-                sampled = model.generate(labels, codes, settings["steps"], settings["cfg2"], settings["temperature2"],
-                                         settings["diffusion_steps"], settings["clip"], generator)
-        if stage == 1:
-            rows["sampled"] = vq.decode(sampled.unflatten(1, model.config.grid))
-        else:
-            moments = torch.from_numpy(cache.moments[0, shown].astype(np.float32)).to(processes.device)
-            rows["sampled"] = kl.decode(to_map(sampled, model.config.grid) / meta["scale"])
-            rows["data, KL"] = kl.decode(to_map(moments.chunk(2, 2)[0], model.config.grid))
-        pictures = np.stack([to_uint8(images).cpu().numpy() for images in rows.values()])
-        return draw_grid(pictures, [meta["classes"][label] for label in labels], list(rows))
-
-    fit(stage, model, *batches, defaults, run, extra, args, processes, preview)
+    extra = dict(config=asdict(model.config), classes=meta["classes"], scale=meta["scale"], tokenizers=file["id"],
+                 sample=preset["sample"])
+    fit(stage, model, read, len(cache.labels), preset["train"][stage], run, extra, args, processes)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The command
-# ---------------------------------------------------------------------------------------------------------------------
-
+# The command ---------------------------------------------------------------------------------------------------------
 
 def parse(argv):
-    parser = Parser(prog="train.py", description="Train D2C; without --stage, every stage that is not finished.")
+    parser = argparse.ArgumentParser(prog="train.py", usage=argparse.SUPPRESS, description="Train D2C.")
     add = parser.add_argument
-    add("--stage", type=int, choices=(0, 1, 2), help="0 tokenizers and token cache, 1 discrete, 2 continuous generator")
+    add("--stage", type=int, choices=(0, 1, 2), help="0 tokenizers, 1 discrete, 2 continuous generator (default: all)")
     add("--preset", choices=PRESETS, default="demo", help="sizes and training settings (default demo)")
     add("--out", help="run folder (default runs/PRESET)")
     add("--data", help="shapes (built in), a folder of class folders, or an .npz with images and labels")
     add("--vq", metavar="FILE", help="published VQ tokenizer (LlamaGen's vq_ds16_c2i.pt) instead of training one")
     add("--kl", metavar="FILE", help="published KL tokenizer (MAR's kl16.ckpt) instead of training one")
-    add("--fusion", choices=("none", "cross", "qformer", "aligned"), help="how codes enter stage 2 (default: the preset's)")
+    add("--fusion", choices=("none", "cross", "qformer", "aligned"), help="how codes enter stage 2 (default: preset's)")
     add("--init", metavar="FILE", help="start --stage 1 from LlamaGen's or --stage 2 from MAR's weights")
-    choice = parser.add_mutually_exclusive_group()
-    choice.add_argument("--init-ema", action="store_true", default=True, help="the averaged weights of --init (default)")
-    choice.add_argument("--init-raw", action="store_false", dest="init_ema", help="the raw weights of --init")
-    add("--steps", type=positive, help="training steps of each stage that runs")
-    add("--batch-size", type=positive, help="pictures per step, over all processes; the default rate scales with it")
-    add("--accumulate", type=positive, default=1, help="split each process's share of a step into so many parts")
-    add("--lr", type=not_negative, help="peak learning rate")
-    add("--fusion-lr", type=not_negative, default=1.0, help="stage 2: what MAR does not have learns so many times as fast")
-    add("--code-noise", type=not_negative, default=0.0, help="stage 2: share of codes replaced by random ones")
-    add("--checkpointing", action="store_true", help="recompute activations: less memory, about a third slower")
-    add("--workers", type=int, help="processes that read data (default 4 on CUDA, else 0)")
-    add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
-    add("--dtype", choices=("auto", "bf16", "float32"), default="auto", help="of matrix products (auto: bf16 on CUDA)")
-    add("--compile", action="store_true", default=None, help="torch.compile (default on CUDA)")
-    add("--no-compile", action="store_false", dest="compile")
-    add("--seed", type=seed_number, default=0)
-    add("--log-every", type=positive, help="steps between progress lines (default a twentieth, at most 100)")
-    add("--save-every", type=positive, default=500, help="steps between checkpoints")
-    add("--sample-every", type=positive, default=5000, help="steps between sample grids, stage1.png and stage2.png")
-    add("--skip-bad", action="store_true", help="stage 0: pass over picture files that cannot be read, and list them")
+    add("--steps", type=number(int, 1), help="training steps of each stage that runs")
+    add("--batch-size", type=number(int, 1), help="pictures per step of all processes; the default rate scales with it")
+    add("--accumulate", type=number(int, 1), default=1, help="split each process's share of a step into so many parts")
+    add("--lr", type=number(float, 0), help="peak learning rate")
+    add("--workers", type=number(int, 0), help="processes that read data (default 4 on CUDA, else 0)")
+    add("--save-every", type=number(int, 1), default=500, help="steps between checkpoints")
+    add_device_flags(add)
     args = parser.parse_args(argv)
     args.out = args.out or f"runs/{args.preset}"
-    if args.init and args.stage not in (1, 2):
+    args.data = args.data or ("shapes" if args.preset == "demo" else None)
+    if args.init and not args.stage:
         parser.error("--init needs --stage 1 or --stage 2")
     if bool(args.vq) != bool(args.kl):
         parser.error("--vq and --kl belong together: give both files")
-    if args.code_noise > 1:
-        parser.error(f"--code-noise is a share, between 0 and 1, not {args.code_noise}")
-    if args.workers is not None and args.workers < 0:
-        parser.error(f"--workers must not be negative, not {args.workers}")
     return parser, args
 
 
 def main(argv=None):
     parser, args = parse(argv)
-    with parser.plain_errors():
+    with user_errors(parser):
         processes = Processes(args.device)
         on_cuda = processes.device.type == "cuda"
         args.workers = (4 if on_cuda else 0) if args.workers is None else args.workers
         args.compile = on_cuda if args.compile is None else args.compile
-        torch.set_float32_matmul_precision("high")  # TF32 where bf16 is not used
-        try:
-            Path(args.out).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"--out {args.out}: cannot be made a folder ({error}); choose another") from error
+        torch.set_float32_matmul_precision("high")  # TF32 where bf16 is not used, but for tokens: see full_float32
+        Path(args.out).mkdir(parents=True, exist_ok=True)
         stage0(args, PRESETS[args.preset], processes)
         for stage in (1, 2):
             if args.stage in (None, stage):
@@ -600,6 +506,282 @@ def main(argv=None):
         if args.stage is None:
             processes.say(f"done: python sample.py --run {args.out}")
         processes.end()
+
+
+# The token cache: every picture encoded once, original and mirrored --------------------------------------------------
+
+class TokenCache:
+    """The encoded data set, memory-mapped: codes (2,N,n) uint16 and moments (2,N,n,2C) float16, original and mirrored;
+    labels (N,) int64; and `meta`, a dict. Raises InputError when it is unfinished or damaged."""
+    def __init__(self, folder):
+        self.folder = folder = Path(folder)
+        with reading(folder, "the token cache is unfinished or damaged: delete it and run train.py --stage 0"):
+            self.meta = json.loads((folder / "meta.json").read_text())
+            self.codes, self.moments, self.labels = (  # asarray: the same memory, quicker to index than np.memmap
+                np.asarray(np.load(folder / f"{name}.npy", "r")) for name in ("codes", "moments", "labels"))
+
+    def __reduce__(self):
+        return TokenCache, (self.folder,)  # a worker process opens the files itself instead of receiving their content
+
+
+@torch.no_grad()
+def encode_images(images, vq, kl, tokenizers_id, folder, run, processes, workers=0, batch_size=64):
+    """Encode a data set and its mirror image into the token cache `folder`; meta.json is written last. The processes
+    take turns in batches; an interrupted encoding goes on where it was. Raises InputError when the folder cannot be
+    written."""
+    count, side, folder = len(images), images.size // vq.config.factor, Path(folder)
+    plan = dict(run=run, tokenizers=tokenizers_id, count=count, grid=[side, side], channels=kl.config.z_channels,
+                scale=kl.scale, codebook_size=vq.config.codebook_size, classes=images.classes)
+    layout = {"codes": (np.uint16, (2, count, side * side)), "labels": (np.int64, (count,)),
+              "moments": (np.float16, (2, count, side * side, 2 * kl.config.z_channels))}
+    shared = SharedArrays(folder, plan, layout, count, batch_size, processes)
+    loader = DataLoader(images, batch_sampler=[range(count)[rows] for _, rows in shared.todo], num_workers=workers)
+    for (_, rows), (pictures, labels) in zip(shared.work("encoding"), loader):
+        shared.arrays["labels"][rows] = labels.numpy()
+        x = to_float(pictures.to(processes.device))                                           # (B,3,S,S)
+        for mirrored, x in enumerate((x, x.flip(3))):
+            shared.arrays["codes"][mirrored, rows] = vq.encode(x).flatten(1).cpu().numpy()
+            shared.arrays["moments"][mirrored, rows] = to_tokens(kl.encode(x)).float().cpu().numpy()
+    processes.wait()
+    if processes.rank == 0:
+        with writing(folder / "meta.json") as temporary:
+            temporary.write_text(json.dumps(plan, indent=1))
+        for name in ("plan.json", "done.npy"):
+            (folder / name).unlink()
+    processes.wait()
+
+
+class SharedArrays:
+    """Arrays on disk that the processes of one node fill together, batch by batch, and that outlive an interruption.
+
+    folder/NAME.npy as `layout` says, {name: (dtype, shape)}; done.npy, a flag per batch; plan.json, what they are made
+    from. With the same plan the work goes on where it was, with another it starts again. Raises InputError when the
+    disk has no room for all of it."""
+    def __init__(self, folder, plan, layout, count, batch_size, processes):
+        self.count, self.batch_size, self.processes = count, batch_size, processes
+        begun, plan = Path(folder) / "plan.json", json.dumps(plan, indent=1)
+        layout = layout | {"done": (np.bool_, (math.ceil(count / batch_size),))}
+        if processes.rank == 0 and not (begun.exists() and begun.read_bytes() == plan.encode()):
+            for name, (dtype, shape) in layout.items():
+                with writing(begun.with_name(f"{name}.npy")) as temporary:
+                    begun.unlink(missing_ok=True)  # from here on, what was begun counts no more
+                    size = np.lib.format.open_memmap(temporary, "w+", dtype, shape).nbytes
+                    if hasattr(os, "posix_fallocate"):  # Linux; a full disk under a memory map would kill the process
+                        with open(temporary, "rb+") as file:
+                            os.posix_fallocate(file.fileno(), 0, size)
+            with writing(begun) as temporary:
+                temporary.write_text(plan)
+        processes.wait()
+        with reading(folder, "delete it and run the command again"):
+            self.arrays = {name: np.lib.format.open_memmap(begun.with_name(f"{name}.npy"), "r+") for name in layout}
+            left = [(k, slice(k * batch_size, min((k + 1) * batch_size, count)))
+                    for k in np.flatnonzero(~self.arrays["done"]).tolist()]
+        processes.wait()  # nobody marks a batch before all have looked
+        self.finished = count - sum(rows.stop - rows.start for _, rows in left)               # pictures
+        self.todo = left[processes.rank::processes.size]
+
+    def work(self, what):
+        """Yields (k, rows), a number and a slice, of the batches that are left to this process, and says how far all
+        are. What was written between two yields goes to the disk every few seconds, and then counts as done."""
+        if self.finished:
+            self.processes.say(f"{what}  goes on after {self.finished} of {self.count} pictures")
+        began, said, written, made = time.time(), time.time(), [], 0
+        for k, rows in self.todo:
+            yield k, rows
+            written.append(k)
+            made += (rows.stop - rows.start) * self.processes.size
+            if time.time() - said > 2 or k == self.todo[-1][0]:
+                for array in self.arrays.values():
+                    array.flush()
+                self.arrays["done"][written] = True
+                written, said = [], time.time()
+                done, speed = min(self.finished + made, self.count), made / (said - began)
+                self.processes.say(f"{what}  {done}/{self.count} pictures  {speed:.1f} images/s  "
+                                   f"ETA {clock((self.count - done) / speed)}")
+
+
+# Files: tokenizers and checkpoints -----------------------------------------------------------------------------------
+
+@contextlib.contextmanager
+def writing(path):
+    """Gives a temporary name to write to, with the same suffix, and then renames it: a reader sees the old file or the
+    new one, never half of one. Raises InputError, with the old file untouched, when that fails."""
+    path = Path(path)
+    temporary = path.with_name(f"{path.stem}.tmp{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())  # the name must not point to content that a power cut can still lose
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        raise InputError(f"{path}: cannot be written ({error}); free space or choose another --out") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def read_checkpoint(path):
+    """The dict in a torch file, on the CPU, without running any code from it (an argparse Namespace, which training
+    scripts like to store, is the one harmless exception). Raises InputError."""
+    with reading(path, "not a readable checkpoint: missing, truncated or of another kind"):
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return dict(torch.load(path, map_location="cpu", weights_only=True))
+
+
+def load_published(build, path, content=None, raw=False):
+    """`build(state)` on the state dict in a published checkpoint file, or in its `content` if that is read already.
+
+    The containers of LlamaGen (`model`, `ema`, `module`, `state_dict`, or none) and MAR (`model_ema`, `model`) are
+    opened, averaged weights first unless `raw`; DDP and compile prefixes are stripped. Raises InputError naming
+    keys."""
+    state = content or read_checkpoint(path)
+    order = ["model_ema", "ema", "model", "module", "state_dict"]
+    with reading(path, "the weights do not fit"):
+        for name in order[2:] + order[:2] if raw else order:
+            if isinstance(state.get(name), dict):
+                state = state[name]
+                break
+        state = {re.sub(r"^((module|_orig_mod)\.)+", "", str(key)): value for key, value in state.items()}
+        if not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
+            raise ValueError(f"no state dict under {', '.join(order)} or at the top level")
+        return build(state)
+
+
+def save_tokenizers(path, vq, kl, size, run, processes):
+    """Both tokenizers in one file, for pictures of `size` pixels; `run`: what they were made from. Its `id` is a
+    checksum of the weights; tokens and generators note it, so that it says what belongs together. Returns the file's
+    dict."""
+    file = dict(id="", size=size, run=run, scale=kl.scale, vq_config=asdict(vq.config), vq=vq.state_dict(),
+                kl_config=asdict(kl.config), kl=kl.state_dict())
+    weights = [value.cpu().numpy().tobytes() for value in [*file["vq"].values(), *file["kl"].values()]]
+    file["id"] = hashlib.blake2b(b"".join(weights), digest_size=8).hexdigest()
+    if processes.rank == 0:
+        with writing(path) as temporary:
+            torch.save(file, temporary)
+    processes.wait()
+    return file
+
+
+def load_tokenizers(path):
+    """(VQTokenizer, KLTokenizer, the file's dict) as saved, in eval mode. Raises InputError."""
+    file = read_checkpoint(path)
+    with reading(path, "not a tokenizers file of this project"):
+        vq, kl = VQTokenizer(TokenizerConfig(**file["vq_config"])), KLTokenizer(TokenizerConfig(**file["kl_config"]))
+        vq.load_state_dict(file["vq"])
+        kl.load_state_dict(file["kl"])
+        kl.scale = float(file["scale"])
+        return vq.eval(), kl.eval(), file
+
+
+def check_run(path, before, run):
+    """What changes the meaning of a run must be as it was when `path` was made; what this command does not give (None)
+    is taken from there. Returns the whole run. Raises InputError naming the difference."""
+    if not isinstance(before, dict):
+        raise InputError(f"{path}: not made by this project; move it away or choose another --out")
+    for name, value in run.items():
+        if value is not None and before.get(name) != value:
+            raise InputError(f"{path}: was made with {name} {before.get(name)}, this command has {name} {value}; "
+                             "use the same, or choose another --out")
+    return before
+
+
+def full_name(path):
+    """How a run remembers a file or data set: by its full path (None: not given)."""
+    return path if path in (None, "shapes") else str(Path(path).resolve())
+
+
+# Processes, devices and errors ---------------------------------------------------------------------------------------
+
+class Processes:
+    """This process among `size`, on `device`. With one process nothing is ever communicated, and no process group made.
+    Raises InputError for a device that this machine or torch build does not have."""
+    def __init__(self, device):
+        self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+        name = next(kind for kind in available if available[kind]) if device == "auto" else device
+        if not available[name]:
+            raise InputError(f"--device {name}: not available here; use --device cpu, or install a torch build for it")
+        self.device = torch.device(name)
+        if self.size > 1 and name == "cuda":
+            self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            if self.device.index >= torch.cuda.device_count():
+                raise InputError(f"--nproc_per_node: there are only {torch.cuda.device_count()} GPUs")
+            torch.cuda.set_device(self.device)
+        if self.size > 1:  # encoding and sampling drift apart for long before they meet again: hence the patience
+            dist.init_process_group("nccl" if name == "cuda" else "gloo", timeout=timedelta(hours=12))
+
+    def say(self, text):
+        if self.rank == 0:
+            print(text, flush=True)
+
+    def wait(self):
+        if self.size > 1:
+            dist.barrier()
+
+    def end(self):
+        if self.size > 1:
+            dist.destroy_process_group()
+
+    def mean(self, value):
+        """The mean of a tensor over processes."""
+        return self.gather(value.detach()[None]).mean(0)
+
+    def gather(self, x):
+        """Concatenate the processes' equally shaped slices in rank order, which is the order of the whole batch."""
+        if self.size == 1:
+            return x
+        parts = [torch.empty_like(x) for _ in range(self.size)]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+
+
+def autocast(device, dtype):
+    """bf16 matrix products for `--dtype bf16`, and for `auto` on GPUs that have them. Never fp16, the source of
+    NaNs."""
+    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16" or (dtype == "auto" and has_bf16))
+
+
+def number(kind, low, high=1e38):
+    """argparse type: an int or float (`kind`) from `low` to `high`."""
+    def number(text):
+        if low <= (value := kind(text)) <= high:
+            return value
+        raise argparse.ArgumentTypeError(f"must lie between {low} and {high:g}, not {text}")
+    return number
+
+
+def add_device_flags(add):
+    """The flags that train.py and sample.py share."""
+    add("--seed", type=number(int, 0, 2**63 - 1), default=0)
+    add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
+    add("--dtype", choices=("auto", "bf16", "float32"), default="auto", help="of matrix products (auto: bf16 on CUDA)")
+    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile what repeats (default on CUDA)")
+
+
+@contextlib.contextmanager
+def user_errors(parser):
+    """What a user can cause ends in one line and exit status 2; everything else is a bug and keeps its traceback."""
+    try:
+        yield
+    except InputError as error:
+        parser.error(" ".join(str(error).split("tokenizers.InputError: ")[-1].split()))  # data workers add a traceback
+    except OSError as error:
+        parser.error(f"{error.filename or 'a file'}: {error.strerror or error}")
+    except torch.OutOfMemoryError:
+        parser.error("the device's memory is full: use a smaller --batch-size (in training also --accumulate)")
+    except KeyboardInterrupt:
+        parser.exit(130, "interrupted; the same command again goes on where it can\n")
+    except RuntimeError as error:
+        if not (dist.is_initialized() and "peer" in str(error)):
+            raise
+        parser.error("another process of this command has stopped; the reason stands above, or in its own output")
+
+
+def clock(seconds):
+    hours, seconds = divmod(int(seconds), 3600)
+    return (f"{hours}:" if hours else "") + f"{seconds // 60:02d}:{seconds % 60:02d}"
 
 
 if __name__ == "__main__":

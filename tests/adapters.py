@@ -107,12 +107,9 @@ class OutsideDenoiser(torch.nn.Module):
 
     def __init__(self, function):
         super().__init__()
-        self.function = function
+        self.function, self.cond_embed = function, torch.nn.Identity()
 
-    def cond_embed(self, z):
-        return z
-
-    def denoise(self, x, t, z):
+    def forward(self, x, t, z):
         return self.function(x, t.expand(len(x)), z)
 
 
@@ -122,15 +119,20 @@ def mar_generate(state, labels, orders, noise, num_heads, num_steps, cfg_scale, 
     noise = iter(noise)
     if denoiser:
         model.diffloss["net"] = OutsideDenoiser(denoiser)
-    latents = model.generate(labels, None, num_steps, cfg_scale, temperature, diffusion_steps, orders=orders,
-                             draw=lambda rows, channels: torch.as_tensor(next(noise))[:rows].to(labels.device))
+    def draw(rows, channels):
+        return torch.as_tensor(next(noise))[:rows].to(labels.device)
+
+    latents = model.generate(labels, None, orders, draw, num_steps, cfg_scale, temperature, diffusion_steps)
     return tokenizers.to_map(latents, model.config.grid)
 
 
 @torch.no_grad()
 def denoise(state, x, t, z):
     """x (M,C), t (M,), z (M,D) -> (M,2C); state holds the keys below diffloss.net."""
-    return d2c.Denoiser.from_published(state).eval()(x, t, z)
+    (width, channels), z_width = state["input_proj.weight"].shape, state["cond_embed.weight"].shape[1]
+    net = d2c.Denoiser(channels, width, d2c.count(state, "res_blocks."), z_width).to(x.device).eval()
+    net.load_state_dict(state)
+    return net(x, t, net.cond_embed(z))
 
 
 @torch.no_grad()
@@ -141,7 +143,7 @@ def diffusion_loss(denoiser, x0, t, noise, z):
 
 def diffusion_sample(denoiser, z, noise, temperature, cfg_scale, steps):
     """(M,C); noise: the start, then one (M,C) per step; with guidance z is [cond; uncond], 2M rows."""
-    return d2c.diffusion_sample(OutsideDenoiser(denoiser).denoise, z, noise, temperature, cfg_scale, steps)
+    return d2c.diffusion_sample(OutsideDenoiser(denoiser), z, noise, temperature, cfg_scale, steps)
 
 
 def token_schedule(num_tokens, num_steps, cfg_scale):

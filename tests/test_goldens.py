@@ -92,12 +92,12 @@ def test_gpt_greedy(name, settings):
 
 @pytest.mark.parametrize("steps, prefix", [(100, "gen100"), (1000, "train1000")])
 def test_diffusion_tables(steps, prefix):
-    arrays, ours = golden("mar_diffusion_tables"), d2c.diffusion_schedule(steps, torch.device("cpu"), torch.float64)
+    arrays, ours = golden("mar_diffusion_tables"), d2c.diffusion_schedule(steps)
     names = {"timesteps": "timestep_map", "x0_weight": "posterior_mean_coef1_f64", "xt_weight": "posterior_mean_coef2_f64",
              "log_beta": "log_betas_f64", "log_posterior": "posterior_log_variance_clipped_f64",
              "recip_signal": "sqrt_recip_alphas_cumprod_f64", "recip_noise": "sqrt_recipm1_alphas_cumprod_f64"}
     for name, theirs in names.items():
-        close(ours[name], arrays[f"{prefix}_{theirs}"], rtol=1e-11)
+        close(torch.from_numpy(ours[name]), arrays[f"{prefix}_{theirs}"], rtol=1e-11)
 
 
 def test_denoiser_and_loss_per_row():
@@ -113,7 +113,7 @@ def test_denoiser_and_loss_per_row():
 def analytic_denoiser(x, t, z):
     """The exact denoiser of x0 ~ N(z/2, 1/4): a chain with it stays small, so that every detail shows."""
     channels = x.shape[1]
-    a = d2c.diffusion_schedule(1000)["signal"][t][:, None] ** 2
+    a = d2c.schedule_tables(1000, x.device, x.dtype)["signal"][t][:, None] ** 2
     eps = (x - a.sqrt() * 0.5 * z[:, :channels]) * (1 - a).sqrt() / (0.25 * a + 1 - a)
     return torch.cat([eps, (-1 + 2 * torch.arange(channels) / (channels - 1)).expand_as(x)], 1)
 
@@ -123,7 +123,11 @@ def test_diffusion_sampler(name, seed, tolerance):
     arrays = golden(name)
     denoiser = analytic_denoiser
     if name == "mar_tiny_sampler":
-        denoiser = d2c.ContinuousGenerator.from_published(weights("mar_tiny"), 4).diffloss["net"]
+        net = d2c.ContinuousGenerator.from_published(weights("mar_tiny"), 4).diffloss["net"]
+
+        def denoiser(x, t, z):
+            return net(x, t, net.cond_embed(z))
+
     guided = adapters.diffusion_sample(denoiser, arrays["z"], normal(seed, ((4, 16), 1), ((8, 16), 100)), 0.95, 2.0, 100)
     plain = adapters.diffusion_sample(denoiser, arrays["z"], normal(seed + 1, ((8, 16), 101)), 1.0, 1.0, 100)
     for value, expected in ((guided, arrays["sample_cfg2_t095"]), (plain, arrays["sample_cfg1_t1"])):

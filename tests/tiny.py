@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from d2c import PRESETS  # noqa: E402
 
 SMALL = dict(width=32, multipliers=(1,), patch=4, encoder_attention=False, num_res_blocks=1, linear_skip=True)
-TRAIN = dict(batch_size=8, lr=1e-3, warmup=2, decay="cosine", weight_decay=0.01, grad_clip=1.0, ema=0.9)
+TRAIN = dict(batch_size=8, lr=1e-3, warmup=2, decay="constant", weight_decay=0.01, grad_clip=1.0, ema=0.9)
 PRESETS["tiny"] = dict(
     size=16, fusion="cross",
     vq=dict(z_channels=8, codebook_size=32, code_dim=4, **SMALL), kl=dict(z_channels=4, **SMALL),
