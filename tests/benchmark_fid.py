@@ -1,6 +1,6 @@
 """What moves a FID, and by how much; how fast fid.py is.
 
-    python tests/benchmark_fid.py lesson A.npz:KEY B.npz:KEY --weights FILE   # two sets of real images: the README's table
+    python tests/benchmark_fid.py lesson A.npz:KEY B.npz:KEY --weights FILE   # two sets of real images: what moves FID
     python tests/benchmark_fid.py speed --weights FILE                        # images per second, beside other tools
     python tests/benchmark_fid.py frechet                                     # time and digits, beside scipy's sqrtm
 
@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import scipy.linalg
 import torch
-import torch.nn.functional as F
+import torch.nn as nn
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -40,7 +40,7 @@ def torchvision_layers(model):
     """The same weights in torchvision's graph, which averages where TensorFlow's of 2015 does not."""
     for block in model.children():
         if getattr(block, "pool", None) in (fid.average_pool, fid.max_pool):
-            block.pool = lambda x: F.avg_pool2d(x, 3, stride=1, padding=1)
+            block.pool = nn.AvgPool2d(3, stride=1, padding=1)
     return model
 
 
@@ -48,7 +48,7 @@ def lesson(args):
     made_from = [args.a, args.b, str(args.count), str(zlib.crc32(Path(args.weights).read_bytes()))]
     folder = Path(args.folder) / f"{zlib.crc32(' '.join(made_from).encode()):08x}"
     folder.mkdir(parents=True, exist_ok=True)
-    a, b = (fid.read_set(name)["images"][: args.count] for name in (args.a, args.b))
+    a, b = (fid.read_set(name).images[: args.count] for name in (args.a, args.b))
     part = args.count // 4  # enough to show a difference
 
     def pool(name, images, resize="tf1", change=lambda model: model):
@@ -66,8 +66,8 @@ def lesson(args):
     a_tf1, a_spatial = pool("a tf1", a)
     b_tf1, b_spatial = pool("b tf1", b)
     a_half, b_half = (pool(f"{name} half_pixel", images, "half_pixel")[0] for name, images in (("a", a), ("b", b)))
-    print(f"{'both tf1 (ADM)':40} {distance(a_tf1, b_tf1):8.3f}   sFID {distance(a_spatial, b_spatial):.3f}   precision, "
-          "recall", *fid.precision_recall(b_tf1, a_tf1))
+    print(f"{'both tf1 (ADM)':40} {distance(a_tf1, b_tf1):8.3f}   sFID {distance(a_spatial, b_spatial):.3f}   "
+          "precision, recall", *fid.precision_recall(b_tf1, a_tf1))
     print(f"{'both half_pixel (pytorch-fid)':40} {distance(a_half, b_half):8.3f}")
     print(f"{'tf1 against half_pixel':40} {distance(a_tf1, b_half):8.3f}")
     print(f"{'the same images, tf1 and half_pixel':40} {distance(b_tf1, b_half):8.3f}")
@@ -79,8 +79,8 @@ def lesson(args):
         print(f"{f'{part} JPEG of quality {quality} against {args.count}':40} {distance(damaged, b_tf1):8.3f}")
     a_other, b_other = (pool(f"{name} torchvision", images[:part], change=torchvision_layers)[0]
                         for name, images in (("a", a), ("b", b)))
-    print(f"{f'{part} against {part}, layers of torchvision':40} {distance(a_other, b_other):8.3f}   these against tf1: "
-          f"{distance(a_other, b_tf1[:part]):.3f}")
+    print(f"{f'{part} against {part}, layers of torchvision':40} {distance(a_other, b_other):8.3f}   "
+          f"these against tf1: {distance(a_other, b_tf1[:part]):.3f}")
 
 
 # Speed ---------------------------------------------------------------------------------------------------------------
@@ -105,7 +105,8 @@ def speed(args):
         path = Path(args.folder) / "with_fc.pt"
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save(state, path)
-        fidelity = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=str(path)).to(args.device)
+        fidelity = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=str(path))
+        fidelity = fidelity.to(args.device)
         tools["torch-fidelity"] = lambda: fidelity(nchw)[0].cpu()
     except ImportError as error:
         print("torch-fidelity left out:", error)
@@ -118,8 +119,8 @@ def speed(args):
                 run()
                 rates[name].append(args.batch_size / (time.perf_counter() - start))
     for name, values in rates.items():
-        print(f"{name:15} {statistics.median(values[1:]):8.2f} images/s, median of {args.rounds} batches of {args.batch_size} "
-              f"({min(values[1:]):.2f} to {max(values[1:]):.2f})")
+        print(f"{name:15} {statistics.median(values[1:]):8.2f} images/s, median of {args.rounds} batches of "
+              f"{args.batch_size} ({min(values[1:]):.2f} to {max(values[1:]):.2f})")
 
 
 def frechet(args):
@@ -134,8 +135,8 @@ def frechet(args):
         root = scipy.linalg.sqrtm(s1 @ s2)
         theirs = np.square(mu1 - mu2).sum() + np.trace(s1) + np.trace(s2) - 2 * np.trace(root).real
         end = time.perf_counter()
-        print(f"fid.py {middle - start:.2f} s, sqrtm {end - middle:.2f} s, ratio {(middle - start) / (end - middle):.3f}, "
-              f"distance {ours:.9f}, sqrtm {theirs:.9f}")
+        print(f"fid.py {middle - start:.2f} s, sqrtm {end - middle:.2f} s, "
+              f"ratio {(middle - start) / (end - middle):.3f}, distance {ours:.9f}, sqrtm {theirs:.9f}")
 
 
 def main():
