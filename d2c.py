@@ -5,15 +5,17 @@
 
 DiscreteGenerator (stage 1) is LlamaGen's decoder-only transformer (arXiv 2406.06525): it writes the picture as a row of
 codes, after a class token. ContinuousGenerator (stage 2) is MAR (arXiv 2406.11838): a masked autoencoder sees the
-class, the codes and the latents drawn so far, and makes a condition z_i for every place i; a small diffusion network
-turns z_i and noise into the latent of that place. Places are drawn in random order, several in one token step. With
-fusion="none" it is MAR itself, under MAR's parameter names; the codes come in through `fusion.py`.
+class, the codes and the latents drawn so far, and makes a condition z_i for every place i; a small network, the
+diffusion head, turns z_i and noise into the latent of that place. Places are drawn in random order, several in one
+token step. Both have the parameter names of the originals; with fusion="none" stage 2 is MAR itself. Codes come in
+through `fusion.py`.
 
     stage 1    p(codes | class) = prod_i p(code_i | class, code_1 .. code_i-1)
     stage 2    loss per hidden place = | eps - eps_theta(sqrt(a_t) x + sqrt(1 - a_t) eps, t, z_i) |^2  + a variance term
 
-A label of -1 stands for "no class", codes of -1 for "no codes". Some training samples have none. Classifier-free
-guidance (arXiv 2207.12598) extrapolates from this unconditional prediction: uncond + cfg_scale * (cond - uncond).
+A label of -1 stands for "no class", codes of -1 for "no codes". Some training samples get them, so that the generators
+learn to predict without. Classifier-free guidance (arXiv 2207.12598) extrapolates: uncond + cfg_scale * (cond -
+uncond).
 
 Shapes: B pictures, N = h*w places, D width, K codes, C latent channels; M rows in the diffusion part (a row is one
 latent at one noise level). Reading order: stage 1, diffusion, stage 2, the whole pipeline, presets.
@@ -42,20 +44,19 @@ class DiscreteConfig:
     num_heads: int = 12
     dropout: float = 0.1
 
-
 def rotary_table(grid, head_dim):
     """Angles of the 2-D rotary positions as (cos, sin): (1 + h*w, head_dim/2, 2).
 
     A head is head_dim/2 pairs of numbers. The first half of the pairs turns with the row of a place, the second half
-    with its column: pair i of a half by place / 10000^(2i / (head_dim/2)), where place is the row or the column. Row 0
-    of the table belongs to the class token and is all zero: its key and query vanish, and every code gives it the same
-    attention score, 0. (An oddity of LlamaGen's `precompute_freqs_cis_2d`, which the published models need.)"""
+    with its column: pair i of a half by the angle n / 10000^(2i / (head_dim/2)), where n is the number of the row or
+    column. The table's first entry is the class token's and all zero: its key and query vanish, and every code gives it
+    the same attention score, 0. (An oddity of LlamaGen's `precompute_freqs_cis_2d`, which the published models
+    need.)"""
     frequencies = 10000.0 ** (-torch.arange(0, head_dim // 2, 2).float() / (head_dim // 2))   # (head_dim/4,)
-    rows, columns = torch.meshgrid(*(torch.arange(n).float() for n in grid), indexing="ij")   # (h,w) each
-    angles = torch.cat([place.flatten()[:, None] * frequencies for place in (rows, columns)], 1)  # (h*w,head_dim/2)
+    rows, columns = torch.meshgrid(*(torch.arange(size).float() for size in grid), indexing="ij")  # (h,w) each
+    angles = torch.cat([n.flatten()[:, None] * frequencies for n in (rows, columns)], 1)      # (h*w,head_dim/2)
     table = torch.stack([angles.cos(), angles.sin()], -1)                                     # (h*w,head_dim/2,2)
     return torch.cat([torch.zeros(1, head_dim // 2, 2), table])                               # (1+h*w,head_dim/2,2)
-
 
 def rotate(x, table):
     """Turn the pairs of x (B,heads,T,head_dim) by the angles of `table` (T,head_dim/2,2). Numbers 2i and 2i+1 of a head
@@ -63,7 +64,6 @@ def rotate(x, table):
     a, b = x.unflatten(-1, (-1, 2)).unbind(-1)                                                # (B,heads,T,head_dim/2)
     cos, sin = table.unbind(-1)
     return torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2).to(x.dtype)    # (B,heads,T,head_dim)
-
 
 class CausalAttention(nn.Module):
     """Causal self-attention with rotary positions. `wqkv` makes (q, k, v) x heads x head_dim, in this order."""
@@ -74,10 +74,10 @@ class CausalAttention(nn.Module):
         self.wo = nn.Linear(config.width, config.width, bias=False)
 
     def forward(self, x, table, cache=None, position=None, past=None):
-        """x (B,T,D) -> (B,T,D). Without `cache` all T tokens attend causally. With it, x is the one token at
-        `position`, a tensor of one element; `cache` holds the keys and values of all tokens, (B,heads,N,head_dim) each,
-        into which this token's are written; and `past` (1,N) is True for the places up to `position`, the only ones to
-        be read."""
+        """x (B,T,D) -> (B,T,D), `table` the angles of its T tokens. Without `cache` all attend causally. With it T = 1:
+        x is the token at `position` (1,) in the sequence class, code 0 .. code N-2 (N slots: the last code predicts
+        nothing). Its key and value are written into `cache`, (B,heads,N,head_dim) each, and `past` (1,N) is True at
+        slots 0 .. position, the only ones read. (Fixed sizes and a mask: one compiled graph serves all positions.)"""
         qkv = self.wqkv(x).unflatten(2, (3 * self.num_heads, -1)).transpose(1, 2)             # (B,3*heads,T,head_dim)
         qk, v = qkv.split([2 * self.num_heads, self.num_heads], dim=1)
         q, k = rotate(qk, table).chunk(2, dim=1)                                              # (B,heads,T,head_dim)
@@ -91,12 +91,11 @@ class CausalAttention(nn.Module):
         x = self.wo(x.transpose(1, 2).flatten(2))                                             # (B,T,D)
         return F.dropout(x, self.dropout, self.training)
 
-
 class SwiGLU(nn.Module):
     """Gated feed-forward (Shazeer 2020): w2(silu(w1 x) * w3 x), width 8/3 D rounded up to a multiple of 256."""
     def __init__(self, config):
         super().__init__()
-        hidden = -(-int(8 * config.width / 3) // 256) * 256
+        hidden = 256 * math.ceil(8 * config.width / 3 / 256)
         self.dropout = config.dropout
         self.w1 = nn.Linear(config.width, hidden, bias=False)
         self.w3 = nn.Linear(config.width, hidden, bias=False)
@@ -104,7 +103,6 @@ class SwiGLU(nn.Module):
 
     def forward(self, x):
         return F.dropout(self.w2(F.silu(self.w1(x)) * self.w3(x)), self.dropout, self.training)
-
 
 class DiscreteBlock(nn.Module):
     def __init__(self, config):
@@ -118,12 +116,11 @@ class DiscreteBlock(nn.Module):
         x = x + self.attention(self.attention_norm(x), table, cache, position, past)
         return x + self.feed_forward(self.ffn_norm(x))
 
-
 def sample_code(logits, temperature, top_k, top_p, generator):
     """Draw one code per row of logits (B,K) -> (B,). First the logits are divided by the temperature; temperature 0
     takes the likeliest code. Then only the top_k likeliest stay (0, or more than K: all of them). Of what is left,
     renormalised, only the fewest likeliest codes stay whose sum reaches top_p (1: all of them)."""
-    if temperature < 1e-4:  # dividing by less would overflow
+    if temperature < 1e-4:  # as good as 0, and safe to divide by from here on
         return logits.argmax(-1)
     logits = logits / temperature
     if top_k > 0:
@@ -132,11 +129,11 @@ def sample_code(logits, temperature, top_k, top_p, generator):
     if top_p < 1:
         ordered, index = logits.softmax(-1).sort(descending=True)                             # (B,K)
         beyond = ordered.cumsum(-1) - ordered > top_p  # what comes before is enough without this one
-        logits = logits.masked_fill(beyond.scatter(1, index, beyond), -math.inf)
-    # What torch.multinomial does, without its check of the probabilities: the CPU would wait for the GPU at every code.
+        logits = logits.masked_fill(beyond.scatter(1, index, beyond), -math.inf)  # back in the order of the codes
+    # Of K exponential clocks with rates p_k, clock k rings first with probability p_k. torch.multinomial draws so, too,
+    # but first it checks the probabilities, and the CPU would wait for the GPU at every code.
     probabilities = logits.softmax(-1)                                                        # (B,K)
     return (probabilities / torch.empty_like(probabilities).exponential_(generator=generator)).argmax(-1)
-
 
 class DiscreteGenerator(nn.Module):
     """p(codes | class): an autoregressive transformer over the N = h*w codes of a picture, row by row."""
@@ -157,9 +154,9 @@ class DiscreteGenerator(nn.Module):
 
     @classmethod
     def from_published(cls, state, num_heads=None, grid=(16, 16)):
-        """Build from LlamaGen's class-conditional weights; sizes are read off the tensors. Two are not to be seen
-        there: the heads, which are 64 wide but in the 3B model, and the grid, 16x16 for pictures of 256 pixels and
-        24x24 for 384. Raises KeyError or RuntimeError naming keys that are missing or extra."""
+        """Build from LlamaGen's class-conditional weights; sizes are read off the tensors. Two cannot be: the heads (64
+        wide, but 32 of 100 in the 3B model), and the grid (16x16 for pictures of 256 pixels, 24x24 for 384). Raises
+        KeyError or RuntimeError naming keys that are missing or extra."""
         codebook_size, width = state["tok_embeddings.weight"].shape
         config = DiscreteConfig(
             codebook_size=codebook_size, width=width, num_heads=num_heads or {3200: 32}.get(width, width // 64),
@@ -191,7 +188,8 @@ class DiscreteGenerator(nn.Module):
         return F.cross_entropy(self.logits(codes, labels).flatten(0, 1), codes.flatten())
 
     def empty_cache(self, rows):
-        """Room for the keys and values of `rows` pictures: per layer a pair of (rows,heads,N,head_dim)."""
+        """Room for the keys and values of `rows` pictures: per layer a pair of (rows,heads,N,head_dim), in the dtype
+        that linear layers give, which under autocast is not that of their weights."""
         heads, device, dtype = self.config.num_heads, self.rotary.device, self.tok_embeddings.weight.dtype
         if torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
@@ -200,7 +198,7 @@ class DiscreteGenerator(nn.Module):
 
     def decode_one(self, x, position, cache):
         """The embedded token x (B,1,D) at `position` (1,) -> logits (B,K) of the next code. Its keys and values are
-        added to `cache`, of which only the places up to `position` are read."""
+        added to `cache`, of which only slots 0 .. position are read."""
         past = (torch.arange(cache[0][0].shape[2], device=x.device) <= position)[None]        # (1,N)
         for layer, layer_cache in zip(self.layers, cache):
             x = layer(x, self.rotary[position], layer_cache, position, past)
@@ -213,54 +211,55 @@ class DiscreteGenerator(nn.Module):
         cfg_scale 1 is no guidance. With cfg_interval = k >= 0 only the first k + 2 codes are guided: LlamaGen counts
         from the second code, and includes k. For temperature, top_k and top_p see sample_code."""
         guided, number = cfg_scale != 1, math.prod(self.config.grid)
-        rows = torch.cat([labels, torch.full_like(labels, -1)]) if guided else labels         # (B or 2B,)
-        positions, cache, codes = torch.arange(number, device=labels.device), self.empty_cache(len(rows)), []
-        x = self.embed_labels(rows)                                                           # (B or 2B,1,D)
+        if guided:
+            labels = torch.cat([labels, torch.full_like(labels, -1)])                         # (2B,)
+        positions, cache, codes = torch.arange(number, device=labels.device), self.empty_cache(len(labels)), []
+        x = self.embed_labels(labels)                                                         # (B or 2B,1,D)
         for i in range(number):
             logits = self.decode_one(x, positions[i:i + 1], cache).float()                    # (B or 2B,K)
             if guided:
                 cond, uncond = logits.chunk(2)                                                # (B,K) each
-                guides = cfg_interval < 0 or i <= cfg_interval + 1
-                logits = uncond + cfg_scale * (cond - uncond) if guides else cond
+                here = cfg_interval < 0 or i <= cfg_interval + 1
+                logits = uncond + cfg_scale * (cond - uncond) if here else cond
             codes.append(sample_code(logits, temperature, top_k, top_p, generator))           # (B,)
             x = self.tok_embeddings(codes[-1])[:, None].repeat(2 if guided else 1, 1, 1)      # (B or 2B,1,D)
         return torch.stack(codes, 1)                                                          # (B,N)
-
 
 def count(state, prefix):
     """How many blocks PREFIX0, PREFIX1, ... a state dict has."""
     return len({key[len(prefix):].partition(".")[0] for key in state if key.startswith(prefix)})
 
-
 # Diffusion of one latent (Ho et al. 2020, arXiv 2006.11239; Nichol & Dhariwal 2021, arXiv 2102.09672) ----------------
 #
-# Take a latent x_0 and drown it in noise, at one of 1000 levels t, from 0 (hardly any) to 999 (nothing but noise):
+# Drown a latent x_0 in noise, little by little, over 1000 levels t, from 0 (hardly any) to 999 (nothing but noise):
 #
-#     x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) eps        eps ~ N(0, 1); a_t falls from 1 to 0        (the forward process)
+#     x_t = sqrt(1 - beta_t) x_(t-1) + sqrt(beta_t) noise_t      one step of the forward process; all t of them at once:
+#     x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) eps, eps ~ N(0, 1)     a_t = prod_(s <= t) (1 - beta_s) falls from 1 to 0
 #
-# A network sees x_t, t and the condition z, and predicts eps. That tells x_0 too, (x_t - sqrt(1 - a_t) eps) /
-# sqrt(a_t); but eps has the same size at all levels, so that one plain squared error treats them alike. To sample,
-# start from noise and go back level by level. One reverse step: the predicted eps gives an estimate of x_0; given x_t
-# and x_0, x_t-1 is Gaussian by Bayes' rule, around a weighted sum of the two (`posterior_step`); draw from it. The
-# first estimates are blurred means of all that is possible. Each step decides a little, and the next estimate is
-# sharper.
+# A network sees x_t, t and the condition z, and predicts eps. That tells x_0 too: (x_t - sqrt(1 - a_t) eps) /
+# sqrt(a_t). But eps has the same size at every level, so one squared error suits all levels. To sample, start from
+# noise and go back level by level. One reverse step: the predicted eps gives an estimate of x_0. Were it exact, x_(t-1)
+# would be Gaussian, by Bayes' rule on the two lines above: its mean a weighted sum of x_0 and x_t, its variance the
+# "posterior" one. Were nothing known of x_0, the variance would be beta_t. The truth lies between, and the network
+# predicts where; the second term of the loss trains that. Draw x_(t-1); the next estimate of x_0 is a little sharper.
 #
 # Sampling need not visit all levels. Respacing keeps some, say 100, and computes the tables of this shorter chain. A
 # table *index* counts the kept levels (0 .. 99). The *timestep* of an index is its level among the 1000; the network is
-# told the timestep, since it was trained on it.
-
+# told the timestep, since it was trained on it. (In training all levels are kept, and the two are the same.)
 
 def diffusion_schedule(steps=1000):
-    """Tables over the `steps` kept of 1000 noise levels, float64 arrays (steps,); index 0 has the least noise.
+    """Tables over the `steps` kept of 1000 noise levels, arrays (steps,), float64; index 0 has the least noise.
 
-    a_t = prod_(s <= t) (1 - beta_s) with beta_s = 1 - f(s + 1) / f(s), at most 0.999, f(s) = cos^2(pi/2 (s/1000 +
-    0.008) / 1.008). Kept are the timesteps round(i 999 / (steps - 1)). In the chain of these, beta_i = 1 - a_i /
-    a_(i-1), where a_(-1) = 1, and x_(i-1) given x_i and x_0 is N(x0_weight x_0 + xt_weight x_i, exp(log_posterior)).
+    beta_s = 1 - f(s + 1) / f(s), at most 0.999, where f(s) = cos^2(pi/2 (s/1000 + 0.008) / 1.008). Kept are the
+    timesteps round(i 999 / (steps - 1)). In the chain of these, beta_i = 1 - a_i / a_(i-1) with a_(-1) = 1, and x_(i-1)
+    given x_i and x_0 is N(x0_weight x_0 + xt_weight x_i, exp(log_posterior)): x0_weight = beta_i sqrt(a_(i-1)) / (1 -
+    a_i), xt_weight = sqrt(1 - beta_i) (1 - a_(i-1)) / (1 - a_i), posterior variance = beta_i (1 - a_(i-1)) / (1 - a_i).
+    (That is zero at index 0: there log_posterior repeats index 1's.)
 
-    Names: timesteps; signal sqrt(a), noise sqrt(1 - a); recip_signal sqrt(1/a) and recip_noise sqrt(1/a - 1), so that
-    x_0 = recip_signal x - recip_noise eps; x0_weight, xt_weight; log_beta and log_posterior, the logs of the largest
-    and the smallest sensible variance of the step. (The posterior variance of index 0 is zero: its log repeats index
-    1's.) Raises ValueError for steps outside 2..1000."""
+    Names: timesteps (integers); signal sqrt(a), noise sqrt(1 - a); recip_signal sqrt(1/a), recip_noise sqrt(1/a - 1),
+    so that x_0 = recip_signal x - recip_noise eps; x0_weight, xt_weight; log_posterior and log_beta, the logs of the
+    variance of a step if x_0 is known exactly, and if nothing is known of it. Raises ValueError for steps outside
+    2..1000."""
     if not 2 <= steps <= 1000:
         raise ValueError(f"diffusion steps must lie in 2..1000, not {steps}")
     cosine = np.cos((np.arange(1001) / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2
@@ -276,7 +275,6 @@ def diffusion_schedule(steps=1000):
                 x0_weight=beta * np.sqrt(before) / (1 - a), xt_weight=(1 - before) * np.sqrt(1 - beta) / (1 - a),
                 log_beta=np.log(beta), log_posterior=np.log(posterior))
 
-
 @torch.compiler.disable  # traced, the float64 arithmetic of diffusion_schedule would come out in float32
 @functools.lru_cache(maxsize=256)
 def schedule_tables(steps, device, dtype):
@@ -284,16 +282,15 @@ def schedule_tables(steps, device, dtype):
     tables = {name: torch.from_numpy(table) for name, table in diffusion_schedule(steps).items()}
     return {name: table.to(device, dtype if table.is_floating_point() else None) for name, table in tables.items()}
 
-
 def timestep_embedding(t, channels=256):
-    """Integer t (M,) -> (M,channels): cosines, then sines, of t at geometric frequencies."""
+    """Integer t (M,) -> (M,channels): cosines, then sines, of t / 10000^(i / n), i = 0 .. n-1, n = channels/2."""
     frequencies = torch.exp(-math.log(10000) * torch.arange(channels // 2, device=t.device) / (channels // 2))
     angles = t[:, None].float() * frequencies                                                 # (M,channels/2)
     return torch.cat([angles.cos(), angles.sin()], -1)                                        # (M,channels)
 
-
 class DenoiserBlock(nn.Module):
-    """Residual MLP; time and condition set shift, scale and gate of the norm (adaLN: DiT, arXiv 2212.09748)."""
+    """Residual MLP with adaLN (DiT, arXiv 2212.09748): x + gate * mlp(norm(x) * (1 + scale) + shift). y (M,width), time
+    plus condition, sets the three."""
     def __init__(self, width):
         super().__init__()
         self.in_ln = layer_norm(width)
@@ -304,8 +301,8 @@ class DenoiserBlock(nn.Module):
         shift, scale, gate = self.adaLN_modulation(y).chunk(3, dim=-1)                        # (M,width) each
         return x + gate * self.mlp(self.in_ln(x) * (1 + scale) + shift)
 
-
 class DenoiserOutput(nn.Module):
+    """The same norm without a gate, then a linear layer to `channels`."""
     def __init__(self, width, channels):
         super().__init__()
         self.norm_final = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
@@ -316,10 +313,10 @@ class DenoiserOutput(nn.Module):
         shift, scale = self.adaLN_modulation(y).chunk(2, dim=-1)                              # (M,width) each
         return self.linear(self.norm_final(x) * (1 + scale) + shift)                          # (M,channels)
 
-
 class Denoiser(nn.Module):
-    """(x (M,C), t (M,) or (1,), c (M,width)) -> (M,2C): the noise eps in x, and where the log-variance lies between its
-    two bounds. c = cond_embed(z) is the projected condition z (M,D); loops over noise levels project it once."""
+    """The diffusion head: (x (M,C), t (M,) or (1,), c (M,width)) -> (M,2C), the noise eps in x, and `fraction`, which
+    sets the variance of the reverse step (posterior_step). c = cond_embed(z) is the projected condition z (M,D), made
+    outside, so that loops over noise levels project it once; with the time embedding added it steers every block."""
     def __init__(self, channels, width, depth, z_width):
         super().__init__()
         time_mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
@@ -331,6 +328,7 @@ class Denoiser(nn.Module):
         self.apply(init_linear)
         for layer in (time_mlp[0], time_mlp[2]):
             nn.init.normal_(layer.weight, std=0.02)
+        # As in DiT, every block starts as the identity and the output at zero.
         zero(self.final_layer.linear, *(part.adaLN_modulation[1] for part in [*self.res_blocks, self.final_layer]))
 
     def forward(self, x, t, c):
@@ -340,47 +338,45 @@ class Denoiser(nn.Module):
             x = block(x, y)
         return self.final_layer(x, y)                                                         # (M,2C)
 
-
 def posterior_step(x, eps, fraction, tables, index, clip=math.inf):
-    """Mean and log-variance (M,C) of the reverse step from x (M,C) at table index `index`, given the noise eps in it.
-    The estimate of x0 that eps implies is kept within +-clip. fraction (M,C), about in [-1,1] and not clamped, says
-    where the log-variance lies between log_posterior (-1) and log_beta (1) (Nichol & Dhariwal, eq. 15)."""
+    """Mean and log-variance (M,C) of the reverse step from x (M,C) at table index `index`, (M,1) or (1,), given the
+    noise eps in it. The estimate of x0 that eps implies is kept within +-clip. fraction (M,C), about in [-1,1] and not
+    clamped, says where the log-variance lies between log_posterior (-1) and log_beta (1) (Nichol & Dhariwal, eq.
+    15)."""
     x0 = (tables["recip_signal"][index] * x - tables["recip_noise"][index] * eps).clamp(-clip, clip)
     share = (fraction + 1) / 2
     log_variance = share * tables["log_beta"][index] + (1 - share) * tables["log_posterior"][index]
     return tables["x0_weight"][index] * x0 + tables["xt_weight"][index] * x, log_variance
 
-
 def diffusion_loss(denoiser, x0, t, noise, c):
     """Hybrid loss per row (M,): the squared error of the noise, plus the variational bound in bits, each a mean over
-    channels. The bound trains the variance alone: eps enters it without gradient. At t > 0 it is the KL of the true
-    reverse step to the model's; at t = 0 it is the negative log-likelihood of x0, `discretised_nll`.
+    channels. The bound trains the variance alone: eps enters it without gradient. At t > 0 it is KL(q || p) of two
+    Gaussians of x_(t-1): q is the posterior_step with the true noise and fraction -1, p the one with the prediction. At
+    t = 0 it is the negative log-likelihood of x0 under p, `discretised_nll`.
 
     x0, noise (M,C); t (M,) in 0..999; denoiser(x, t, c) -> (M,2C) with its condition c (M,*). (L_hybrid of Nichol &
     Dhariwal, eq. 16: their weight of 0.001 on the sum of 1000 terms is a weight of 1 on one of them.)"""
     tables, index = schedule_tables(1000, x0.device, x0.dtype), t[:, None]                    # (M,1)
     x = tables["signal"][index] * x0 + tables["noise"][index] * noise                         # (M,C)
-    eps, fraction = denoiser(x, t, c).to(x0.dtype).chunk(2, dim=-1)                           # (M,C) each
-    # Two Gaussians of x_t-1. The true one, q(x_t-1 | x_t, x_0): a step with the true noise and the smallest variance.
+    predicted, fraction = denoiser(x, t, c).to(x0.dtype).chunk(2, dim=-1)                     # (M,C) each
+    # Two Gaussians of x_(t-1): the true q(x_(t-1) | x_t, x_0), and the model's p(x_(t-1) | x_t).
     mean_q, log_variance_q = posterior_step(x, noise, torch.full_like(noise, -1), tables, index)
-    # The model's, p(x_t-1 | x_t): a step with the predicted noise and the predicted variance.
-    mean_p, log_variance_p = posterior_step(x, eps.detach(), fraction, tables, index)
+    mean_p, log_variance_p = posterior_step(x, predicted.detach(), fraction, tables, index)
     kl = 0.5 * (log_variance_p - log_variance_q - 1 + (log_variance_q - log_variance_p).exp()
                 + (mean_q - mean_p)**2 * (-log_variance_p).exp())                             # KL(q || p)
     bound = torch.where(index == 0, discretised_nll(x0, mean_p, 0.5 * log_variance_p), kl)    # (M,C)
-    return ((eps - noise)**2).mean(-1) + bound.mean(-1) / math.log(2)                         # (M,)
-
+    return ((predicted - noise)**2).mean(-1) + bound.mean(-1) / math.log(2)                         # (M,)
 
 def discretised_nll(x, mean, log_std):
-    """Negative log-probability, in nats, of x in a bin of half-width 1/255 under a Gaussian: the bound of the last
-    step, written for pixels in [-1,1]. The published models apply it to latents as they are."""
-    def cdf(value):  # tanh approximation of the normal distribution function
+    """Negative log-probability, in nats, of x in the bin x +- 1/255 under a Gaussian, at most -log 1e-12. The bins of x
+    below -0.999 and above 0.999 are open outwards. cdf is the tanh approximation that GELU uses. All this is meant for
+    pixels in [-1,1]; the published models apply it to latents as they are."""
+    def cdf(value):
         return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (value + 0.044715 * value**3)))
 
     upper, lower = (cdf((x - mean + side / 255) * (-log_std).exp()) for side in (1, -1))
     inside = torch.where(x < -0.999, upper, torch.where(x > 0.999, 1 - lower, upper - lower))  # edge bins are open
     return -inside.clamp(min=1e-12).log()
-
 
 def denoising_step(denoiser, x, c, noise, tables, index, temperature, cfg_scale, clip):
     """x (M,C) at the noise level of table index `index` -> x (M,C) at the next lower one. noise (M,C); the rest as in
@@ -393,25 +389,23 @@ def denoising_step(denoiser, x, c, noise, tables, index, temperature, cfg_scale,
     mean, log_variance = posterior_step(x, eps, fraction, tables, index, clip)
     return mean + (0.5 * log_variance).exp() * noise * temperature * (index > 0)  # none is added after the last step
 
-
 @torch.no_grad()
 def diffusion_sample(denoiser, c, noise, temperature=1.0, cfg_scale=1.0, steps=100, clip=math.inf, step=denoising_step):
-    """Ancestral sampling of one latent per condition: (M,C).
+    """Sampling level by level, as in the primer ("ancestral"): one latent per condition, (M,C).
 
     denoiser(x (M,C), t (1,), c) -> (M,2C), a Denoiser for instance, with its condition c (M,*). noise: an iterable of
     (M,C) draws, first the start, then one per step (the last is drawn and not used, as in MAR). With guidance c is
-    [cond; uncond] of 2M rows, eps = uncond + cfg_scale (cond - uncond), and the variance is that of the conditional
-    half. temperature scales the noise of the steps, not the start. clip bounds the estimate of x0: the first step of
-    the cosine schedule divides by 5e-5, and a network of few training steps would throw x far off. step:
-    denoising_step, maybe compiled."""
+    [cond; uncond] of 2M rows, eps = uncond + cfg_scale (cond - uncond), the variance is that of the conditional half,
+    and draws may have 2M rows, of which the first M count. temperature scales the noise of the steps, not the start.
+    clip bounds the estimate of x0, in which the first step multiplies errors of eps by 20,000 (1/sqrt(a_999)): a
+    network of few training steps would throw x far off. step: denoising_step, maybe compiled."""
     noise = iter(noise)
     x = next(noise)                                                                           # (M,C)
     tables = schedule_tables(steps, x.device, x.dtype)
     for index in torch.arange(steps, device=x.device).flip(0).split(1):
-        step_noise = next(noise)[:len(x)]  # MAR draws for both halves of a guided batch and uses the first
+        step_noise = next(noise)[:len(x)]
         x = step(denoiser, x, c, step_noise, tables, index, temperature, cfg_scale, clip)
     return x
-
 
 # Stage 2: the continuous generator -----------------------------------------------------------------------------------
 
@@ -426,24 +420,24 @@ class ContinuousConfig:
     decoder_depth: int = 12
     num_heads: int = 12
     buffer_size: int = 64        # S slots that carry the class and give the encoder room when all else is hidden
-    head_depth: int = 6          # of the diffusion network
+    head_depth: int = 6          # of the diffusion head
     head_width: int = 1024
-    noise_levels: int = 4        # per hidden latent and training step: z costs much, the diffusion network little
-    hidden_share: tuple = (0.25, 0.7)  # of places in training: normal around 1 of this deviation, cut to [this, 1]
+    noise_levels: int = 4        # per hidden latent and training step: z costs much, the head little
+    hidden_share: tuple = (0.25, 0.7)  # (s, least): in training a share ~ N(1, s^2), truncated to [least, 1], is hidden
     guess_weight: float = 0.0    # > 0: in training a linear layer also guesses each latent from z (ContinuousGenerator)
     dropout: float = 0.1
     fusion: str = "none"         # none, cross, qformer, aligned
     fusion_depth: int = 2
     codebook_size: int = 0       # with fusion
 
-
 class ContinuousGenerator(nn.Module):
     """p(latents | class, codes): a masked autoencoder with a diffusion head over the N = h*w latents of a picture.
     Places are named by index: visible (B,V) are those whose latents may be read.
 
-    The diffusion loss teaches the autoencoder slowly, since most noise levels say little about z. A run of minutes
-    would end before z uses the visible latents at all, so small presets add to the loss the error of a guess of each
-    latent from z by one linear layer (`guess_weight`). Sampling does not use it, and MAR has nothing like it."""
+    The diffusion loss teaches the autoencoder slowly: at most noise levels eps is predicted almost as well without z. A
+    run of minutes would end before z uses the visible latents at all, so small presets add to the loss the error of a
+    guess of each latent from z by one linear layer (`guess_weight`). Sampling does not use it, and MAR has nothing like
+    it."""
     ADDED = ("fusion.", "code_embedding.", "null_code", "guess.")  # the parameters that MAR does not have
 
     denoising_step = staticmethod(denoising_step)  # compile_parts puts a compiled one in its place
@@ -462,7 +456,7 @@ class ContinuousGenerator(nn.Module):
 
         self.class_emb = nn.Embedding(config.num_classes, width)
         self.fake_latent = nn.Parameter(torch.randn(1, width) * 0.02)  # MAR's name for "no class"
-        self.z_proj = nn.Linear(config.channels, width)
+        self.z_proj = nn.Linear(config.channels, width)  # MAR's name: it embeds latents, and has nothing to do with z
         self.z_proj_ln = layer_norm(width)
         self.encoder_pos_embed_learned, self.decoder_pos_embed_learned = table(slots), table(slots)
         self.encoder_blocks, self.decoder_blocks = blocks(config.encoder_depth), blocks(config.decoder_depth)
@@ -485,8 +479,8 @@ class ContinuousGenerator(nn.Module):
     @classmethod
     def from_published(cls, state, num_heads=None):
         """Build from MAR's weights, strictly; sizes are read off the tensors, the grid is taken as square. The heads
-        are not to be seen there: they are 64 wide but in MAR-H, which has 16 of 80. Raises KeyError or RuntimeError
-        naming keys that are missing or extra."""
+        cannot be read off: they are 64 wide, but MAR-H has 16 of 80. Raises KeyError or RuntimeError naming keys that
+        are missing or extra."""
         (width, channels), slots = state["z_proj.weight"].shape, state["encoder_pos_embed_learned"].shape[1]
         places = state["diffusion_pos_embed_learned"].shape[1]
         config = ContinuousConfig(
@@ -501,20 +495,20 @@ class ContinuousGenerator(nn.Module):
         return model
 
     def load_published(self, state):
-        """Load MAR's weights into a model of the same sizes. What MAR does not have may be missing, and then stays
-        fresh. Raises RuntimeError naming keys."""
+        """Load MAR's weights, or those of this class, into a model of the same sizes. What MAR does not have (ADDED)
+        may be missing as a whole, and then stays fresh. Raises RuntimeError naming keys."""
         missing, extra = self.load_state_dict(state, strict=False)
-        added = [key for key in self.state_dict() if key.startswith(self.ADDED)]
-        if extra or missing and set(missing) != set(added):
-            raise RuntimeError(f"missing keys {[key for key in missing if key not in added] or missing}, extra {extra}")
-        if missing and self.config.fusion != "none":
+        added = {key for key in self.state_dict() if key.startswith(self.ADDED)}
+        if extra or set(missing) not in (set(), added):
+            raise RuntimeError(f"missing keys {sorted(set(missing) - added) or missing}, extra keys {extra}")
+        if missing:
             self.start_fusion()  # the queries start on the position table, which has just changed
 
     @torch.no_grad()
     def start_fusion(self, codebook=None):
         """Start what fusion adds so that the code and the latent of one place find each other early: queries on the
         decoder's position table, and, given the tokenizer's codebook (K,code_dim) of unit rows, the embedding of the
-        codes as a random linear map of it, so that near codes start near."""
+        codes as a random linear map of it (std 0.02), so that near codes start near."""
         if self.config.fusion == "qformer":
             self.fusion.queries.copy_(self.decoder_pos_embed_learned)
         if codebook is not None:
@@ -522,9 +516,8 @@ class ContinuousGenerator(nn.Module):
             self.code_embedding.weight.copy_(codebook @ spread)                               # (K,D)
 
     def prepare(self, codes):
-        """codes (B,N) -> what the fusion module needs of them; the same for every token step. A code of -1 becomes
-        `null_code`, and then all add their places' rows of the decoder's position table. Raises ValueError if codes are
-        missing."""
+        """codes (B,N) -> what fusion needs of them, the same for every token step. A code of -1 becomes `null_code`;
+        then all add their places' rows of the decoder's position table. Raises ValueError if codes are missing."""
         if self.config.fusion == "none":
             return None
         if codes is None:
@@ -583,7 +576,7 @@ class ContinuousGenerator(nn.Module):
 
     def sample_latents(self, z, noise, temperature, cfg_scale, steps, clip):
         """A latent for each condition: z (M,D) -> (M,C), or with guidance z [cond; uncond] (2M,D) -> (M,C). In full
-        precision: the first denoising step multiplies errors of eps by 300."""
+        precision: the first of 100 steps puts errors of eps 300 times as large into x (20,000 times x0_weight)."""
         net = self.diffloss["net"]
         with torch.autocast(z.device.type, enabled=False):
             c = net.cond_embed(z.to(self.mask_token.dtype))                                   # (M or 2M,width)
@@ -594,14 +587,15 @@ class ContinuousGenerator(nn.Module):
                  clip=math.inf):
         """labels (B,), codes (B,N) (None without fusion) -> latents (B,N,C), scaled as in training.
 
-        orders (B,N): for each picture a permutation of the places, which are drawn from its end to its beginning.
-        draw(rows, C): standard normal noise; its rows are the places of a token step, picture by picture, ascending.
-        Guidance (see token_schedule) gives every batch a second half without class and codes. diffusion_steps: a
-        number, or (first, last), from the first token step to the last: the more latents are known, the less is left to
-        chance (DiSA, arXiv 2505.20297). temperature, clip: see diffusion_sample."""
+        orders (B,N): for each picture a permutation of the places, drawn from its end to its beginning, as in MAR.
+        draw(rows, C): standard normal noise, called steps + 1 times in each token step; rows are the places of this
+        step, picture by picture, ascending (so that places and noise pair as in MAR). Guidance (see token_schedule)
+        gives every batch a second half without class and codes. diffusion_steps: a number, or (first, last), linearly
+        from the first token step to the last: the more latents are known, the less is left to chance (DiSA, arXiv
+        2505.20297). temperature, clip: see diffusion_sample."""
         (batch, number), channels, device = orders.shape, self.config.channels, labels.device
         schedule = token_schedule(number, num_steps, cfg_scale)
-        guidance = torch.tensor([scale for _, scale in schedule], device=device)              # (num_steps,)
+        guidance = torch.tensor([scale for _, scale in schedule], device=device)  # one graph serves all scales
         if cfg_scale != 1:
             labels = torch.cat([labels, torch.full_like(labels, -1)])                         # (2B,)
             codes = None if codes is None else torch.cat([codes, torch.full_like(codes, -1)])
@@ -622,17 +616,15 @@ class ContinuousGenerator(nn.Module):
             latents.scatter_(1, places[..., None].expand(-1, -1, channels), drawn)
         return latents[:batch]
 
-
 def pick(x, places):
-    """The rows `places` (B,R) of x (B or 1,T,D) -> (B,R,D)."""
+    """The rows `places` (B,P) of x (B or 1,T,D) -> (B,P,D)."""
     return x.expand(len(places), -1, -1).gather(1, places[..., None].expand(-1, -1, x.shape[-1]))
-
 
 def token_schedule(num_tokens, num_steps, cfg_scale):
     """[(tokens drawn, guidance)] per token step: few tokens first, while little is known (MaskGIT, arXiv 2202.04200).
 
     After step s of S (from 1) floor(N cos(pi/2 s/S)) tokens are still hidden, but at least 1, and at least one fewer
-    than before. Guidance is 1 + (cfg_scale - 1) * (share of tokens drawn after the step). The last step draws all that
+    than before. Guidance is 1 + (cfg_scale - 1) * (share drawn by the end of the step). The last step draws all that
     is left; for its guidance one token counts as still hidden. Raises ValueError for more steps than tokens."""
     if not 1 <= num_steps <= num_tokens:
         raise ValueError(f"token steps must lie in 1..{num_tokens} (the number of tokens), not {num_steps}")
@@ -644,7 +636,6 @@ def token_schedule(num_tokens, num_steps, cfg_scale):
         hidden = after
     return schedule
 
-
 # The whole pipeline --------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
@@ -652,21 +643,17 @@ def generate(discrete, continuous, labels, codes=None, cfg1=1.0, temperature1=1.
              cfg2=1.0, temperature2=1.0, steps=64, diffusion_steps=100, clip=math.inf, generator=None):
     """labels (B,) -> codes (B,N) of stage 1, unless they are given, and latents (B,N,C) of stage 2, which sees them.
     Stage 1 takes cfg1, temperature1, top_k, top_p; stage 2 takes cfg2, temperature2, steps (token steps),
-    diffusion_steps (in each: a number, or first and last) and clip. Either generator may be None, and what it would
-    make is then None too."""
+    diffusion_steps (in each: a number, or first and last) and clip. `discrete` or `continuous` may be None, and what it
+    would make is then None too. generator: a torch.Generator, the source of all random numbers."""
     latents = None
     if discrete is not None and codes is None:
         codes = discrete.generate(labels, cfg1, temperature1, top_k, top_p, generator)
     if continuous is not None:
-        shape, device = (len(labels), math.prod(continuous.config.grid)), labels.device
-        orders = torch.rand(shape, generator=generator, device=device).argsort(1)             # (B,N)
-
-        def draw(*shape):
-            return torch.randn(shape, generator=generator, device=device)
-
+        random = dict(generator=generator, device=labels.device)
+        orders = torch.rand(len(labels), math.prod(continuous.config.grid), **random).argsort(1)  # (B,N)
+        draw = functools.partial(torch.randn, **random)
         latents = continuous.generate(labels, codes, orders, draw, steps, cfg2, temperature2, diffusion_steps, clip)
     return codes, latents
-
 
 def compile_parts(model, **options):
     """torch.compile, in place, what repeats in a generator: blocks, the decoding of one code, the denoising step. Sizes
@@ -679,14 +666,12 @@ def compile_parts(model, **options):
     else:
         model.denoising_step = torch.compile(denoising_step, **options)
 
-
 # Presets: sizes and settings of a run in one place -------------------------------------------------------------------
 
 def training(steps, batch_size, lr, warmup, ema, weight_decay=0.0, decay="cosine", grad_clip=1.0):
-    """Settings of one stage's training; the learning rate is that of `batch_size`."""
+    """Settings of one stage's training; the learning rate is tuned for `batch_size`."""
     return dict(steps=steps, batch_size=batch_size, lr=lr, warmup=warmup, ema=ema, weight_decay=weight_decay,
                 decay=decay, grad_clip=grad_clip)
-
 
 def imagenet_preset(stage1, cfg2, width, depth, heads, head_depth, head_width):
     """ImageNet-256: published tokenizers, the published sizes of the generators, the training settings of LlamaGen (300
@@ -700,7 +685,6 @@ def imagenet_preset(stage1, cfg2, width, depth, heads, head_depth, head_width):
                            grad_clip=3.0)},
         sample=dict(cfg1=2.0, temperature1=1.0, cfg2=cfg2, temperature2=1.0, steps=64, diffusion_steps=100,
                     clip=math.inf, batch_size=32))
-
 
 # Small tokenizers work on patches, with a linear skip around the network: at 32 pixels that is far cheaper than
 # convolutions at full resolution. Small runs take few steps, hence high rates that decay, a short average, and `clip`.

@@ -3,14 +3,14 @@
     python sample.py                                       demo: a labelled grid, coarse row above fine row
     python sample.py --classes star heart --num 20 --cfg2 3 --steps 16
     python sample.py --from photo.jpg                      a photograph, its codes, and fine pictures drawn from these
-    torchrun --nproc_per_node=8 -- sample.py --run runs/B --num 50000 --out samples.npz    for fid.py: arr_0, uint8 NHWC
+    torchrun --nproc_per_node=8 -- sample.py --run runs/B --num 50000 --out samples.npz    for fid.py
     python sample.py --diffusion-steps 50:5                fewer denoising steps as latents fill in: twice as fast
     python sample.py --vq vq_ds16_c2i.pt --stage1 c2i_B_256.pt --out llamagen.png          published weights alone:
     python sample.py --kl kl16.ckpt --stage2 mar_base/checkpoint-last.pth --out mar.png    LlamaGen, and MAR
 
 The coarse picture is the VQ decoder's view of stage 1's codes; the fine one is the KL decoder's view of stage 2's
-latents. Samples are cut into whole batches; batch k draws from a generator seeded by (seed, k), and processes take
-batches in turn: the pictures depend on --seed and --batch-size, and not on the number of processes.
+latents. Processes take batches in turn, and batch k draws from a generator seeded by (seed, k): the pictures depend on
+--seed, --batch-size, --num and the kind of device, and not on the number of processes.
 """
 import argparse
 import functools
@@ -40,7 +40,8 @@ class Pipeline:
     def from_run(cls, run="runs/demo", coarse=False, raw=False, device="auto", dtype="auto"):
         """The models of a run folder; without stage 2 if `coarse`; the raw weights instead of their moving average
         (EMA) if `raw`. Raises InputError."""
-        tokenizers, *stages = (Path(run) / name for name in ("tokenizers.pt", "stage1.pt", "stage2.pt")[:3 - coarse])
+        names = ["tokenizers.pt", "stage1.pt"] + ([] if coarse else ["stage2.pt"])
+        tokenizers, *stages = (Path(run) / name for name in names)
         for path in (tokenizers, *stages):
             if not path.is_file():
                 more = "(about 5 minutes on two cores)" if str(run) == "runs/demo" else f"--out {run} and its --preset"
@@ -50,13 +51,14 @@ class Pipeline:
         for path, (_, notes) in zip(stages, generators):
             if notes.get("tokenizers") != file["id"]:
                 raise InputError(f"{path}: was trained on tokens of other tokenizers than {tokenizers}; train it again")
-        return cls(vq, kl, *generators, *[(None, {})] * coarse, device, dtype)
+        second = (None, {}) if coarse else generators[1]
+        return cls(vq, kl, generators[0], second, device, dtype)
 
     @classmethod
     def from_published(cls, vq=None, stage1=None, kl=None, stage2=None, size=256, raw=False, device="auto",
                        dtype="auto"):
         """The models of published files, for pictures of `size` pixels: vq with stage1, kl with stage2, or all. stage1
-        and stage2 may also be those of a run that was trained on these tokenizers. Raises InputError."""
+        and stage2 may also be those of a run that was trained on these tokenizers (not checked). Raises InputError."""
         if bool(vq) != bool(stage1) or bool(kl) != bool(stage2):
             raise InputError("published weights come in pairs: --vq with --stage1 (coarse), --kl with --stage2 (fine)")
         vq = vq and load_published(VQTokenizer.from_published, vq)
@@ -68,19 +70,20 @@ class Pipeline:
         return cls(vq, kl, first, second, device, dtype)
 
     def __init__(self, vq, kl, first, second, device, dtype):
+        """first, second: generator and notes of load_generator, or (None, {})."""
         (discrete, notes1), (continuous, notes2) = first, second
-        notes, parts = notes2 or notes1, [part for part in (vq, kl, discrete, continuous) if part]
+        notes = notes2 or notes1
         self.vq, self.kl, self.discrete, self.continuous, self.dtype = vq, kl, discrete, continuous, dtype
         self.check()
         self.device = device if isinstance(device, torch.device) else Processes(device).device
-        for part in parts:
-            part.to(self.device).eval()
+        for model in filter(None, (vq, kl, discrete, continuous)):
+            model.to(self.device).eval()
         config = (continuous or discrete).config
         self.grid = tuple(config.grid)
         self.size = self.grid[0] * (vq if discrete else kl).config.factor  # side of a picture in pixels
         self.classes = notes.get("classes") or [str(label) for label in range(config.num_classes)]
         self.settings = dict(notes.get("sample") or PRESETS["B"]["sample"])
-        self.made_from = [[notes["source"], notes.get("step")] for notes in (notes1, notes2) if notes]
+        self.sources = [part["source"] for part in (notes1, notes2) if part]
 
     def check(self):
         """Do the parts fit each other? Raises InputError."""
@@ -122,23 +125,22 @@ class Pipeline:
             images = F.interpolate(images, (self.size, self.size), mode="bicubic")
         return to_uint8(images).cpu().numpy()
 
-
 def load_generator(path, stage, raw=False, grid=(16, 16)):
-    """(generator, what its file says of it) from a checkpoint of this project, or from a published one: LlamaGen's,
-    with this grid, for stage 1, MAR's for stage 2. Raises InputError."""
+    """(generator, notes: what its file says of it) from a checkpoint of this project, or from a published one:
+    LlamaGen's, with this grid, for stage 1, MAR's for stage 2. Raises InputError."""
     file = read_checkpoint(path)
-    cls, config_cls, grid = ((DiscreteGenerator, DiscreteConfig, dict(grid=grid)) if stage == 1 else
-                             (ContinuousGenerator, ContinuousConfig, {}))
+    cls, config_cls = {1: (DiscreteGenerator, DiscreteConfig), 2: (ContinuousGenerator, ContinuousConfig)}[stage]
+    source = {"source": [str(Path(path).resolve()), Path(path).stat().st_mtime]}
     if "run" not in file or "config" not in file:
-        return load_published(functools.partial(cls.from_published, **grid), path, file, raw), {"source": str(path)}
+        options = dict(grid=grid) if stage == 1 else {}
+        return load_published(functools.partial(cls.from_published, **options), path, file, raw), source
     with reading(path, "it does not fit this version; train it again"):
         if file["stage"] != stage:
             raise ValueError(f"holds stage {file['stage']}, expected stage {stage}")
         model = cls(config_cls(**file["config"]))
         model.load_state_dict(file["model" if raw else "ema"])
         notes = {name: file[name] for name in ("step", "classes", "scale", "sample", "tokenizers")}
-        return model, notes | {"source": str(file["run"])}
-
+        return model, notes | source
 
 # What the command makes ----------------------------------------------------------------------------------------------
 
@@ -152,26 +154,25 @@ def choose_classes(wanted, classes):
             raise InputError(f"--classes {word}: unknown; give a name ({names}) or an id from 0 to {len(classes) - 1}")
     return [known[word] for word in words] or list(range(len(classes)))
 
-
 def sample(pipeline, args, processes):
     """Sample pictures of the chosen classes, batch by batch and in turn among processes, and save them to args.out: as
     a labelled grid (.png), or as an array (.npz with arr_0, as ADM's evaluator wants it, and what it was made from as
     the comment of its zip). An interrupted command goes on where it was."""
-    grid, chosen = args.out.suffix == ".png", choose_classes(args.classes, pipeline.classes)
-    if grid:
+    as_grid, chosen = args.out.suffix == ".png", choose_classes(args.classes, pipeline.classes)
+    if as_grid:
         chosen = chosen[:min(10, args.num or 10)]  # a column each
     else:
-        pipeline.size = min(pipeline.size, 256)  # LlamaGen measures its 384-pixel models so
+        pipeline.size = min(pipeline.size, 256)  # LlamaGen's FID of 384-pixel models is at 256
     count, size = args.num or 3 * len(chosen), pipeline.size
     labels = [chosen[i % len(chosen)] for i in range(count)]
     processes.say(f"{count} pictures: " + ", ".join(f"{name} {value}" for name, value in pipeline.settings.items()))
-    plan = dict(settings=pipeline.settings, seed=args.seed, classes=chosen, count=count, weights=pipeline.made_from,
-                raw=args.raw, dtype=args.dtype)
-    if not grid and zipfile.is_zipfile(args.out) and zipfile.ZipFile(args.out).comment == json.dumps(plan).encode():
+    plan = dict(settings=pipeline.settings, seed=args.seed, classes=chosen, count=count, weights=pipeline.sources,
+                tokenizers=[args.vq, args.kl, args.size], raw=args.raw, dtype=args.dtype)
+    if not as_grid and zipfile.is_zipfile(args.out) and zipfile.ZipFile(args.out).comment == json.dumps(plan).encode():
         return processes.say(f"{args.out} is there already, made by the same command")
 
     kinds = [name for name, model in (("coarse", pipeline.discrete), ("fine", pipeline.continuous)) if model]
-    kinds = kinds if grid else kinds[-1:]
+    kinds = kinds if as_grid else kinds[-1:]
     layout = {"pictures": (np.uint8, (len(kinds), count, size, size, 3))}
     folder = args.out.with_name(args.out.name + ".partial")
     shared = SharedArrays(folder, plan, layout, count, pipeline.settings["batch_size"], processes)
@@ -181,23 +182,22 @@ def sample(pipeline, args, processes):
     processes.wait()
     if processes.rank == 0:
         with writing(args.out) as temporary:
-            if grid:
+            if as_grid:
                 titles = [pipeline.classes[label] for label in chosen]
                 draw_grid(shared.arrays["pictures"], titles, kinds).save(temporary)
             else:
                 np.savez(temporary, arr_0=shared.arrays["pictures"][0])
                 with zipfile.ZipFile(temporary, "a") as archive:
                     archive.comment = json.dumps(plan).encode()
-        shutil.rmtree(folder)
+        shutil.rmtree(folder, ignore_errors=True)  # a network disk keeps files that are still mapped
     processes.say(f"saved {args.out}")
-
 
 @torch.no_grad()
 def vary(pipeline, args):
     """A grid with a column for each photograph of --from: the original, what the KL and the VQ tokenizer keep of it,
     and three fine pictures drawn anew from its codes, for the class given or for none. Raises InputError."""
-    if not (pipeline.vq and pipeline.continuous):
-        raise InputError("--from needs a whole run, or of published files --vq, --stage1, --kl and --stage2")
+    if not (pipeline.vq and pipeline.continuous) or pipeline.continuous.config.fusion == "none":
+        raise InputError("--from needs a stage 2 with fusion: a whole run, or --vq, --stage1, --kl and --stage2")
     originals = np.stack([read_image(path, pipeline.size) for path in args.photos])           # (n,S,S,3)
     x = to_float(torch.from_numpy(originals)).to(pipeline.device)                             # (n,3,S,S)
     codes, means = pipeline.vq.encode(x).flatten(1), pipeline.kl.encode(x).chunk(2, 1)[0]     # (n,N), (n,C,h,w)
@@ -210,14 +210,12 @@ def vary(pipeline, args):
         draw_grid(np.stack([*rows.values()]), [Path(path).stem[:14] for path in args.photos], [*rows]).save(temporary)
     print(f"saved {args.out}")
 
-
 # The command ---------------------------------------------------------------------------------------------------------
 
-def annealing(text):
+def denoising_steps(text):
     """argparse type: a number of denoising steps, or [first, last] of first:last."""
     steps = [number(int, 2, 1000)(word) for word in text.split(":", 1)]
     return steps if ":" in text else steps[0]
-
 
 def parse(argv):
     parser = argparse.ArgumentParser(prog="sample.py", usage=argparse.SUPPRESS,
@@ -230,9 +228,9 @@ def parse(argv):
     add("--stage2", metavar="FILE", help="  and its generator (or a stage2.pt trained on these tokenizers)")
     add("--size", type=number(int, 1), default=256, help="pixels of the pictures that published files were trained on")
     add("--from", nargs="+", metavar="IMAGE", dest="photos", help="draw fine pictures from the codes of these")
-    add("--classes", nargs="+", help="class names or ids (default: all; ten at most in a grid)")
+    add("--classes", nargs="+", help="class names or ids, names win (default: all; ten at most in a grid)")
     add("--num", type=number(int, 1), help="pictures in all, dealt out to the classes (default: three per class)")
-    add("--out", metavar="FILE", help=".png: labelled grid; .npz: arr_0 uint8 NHWC (default RUN/samples.png)")
+    add("--out", metavar="FILE", help=".png: labelled grid; .npz: arr_0 uint8 NHWC (default samples.png in the run)")
     add("--batch-size", type=number(int, 1), help="pictures at a time; part of what determines the pictures")
     add("--cfg1", type=number(float, 0), help="guidance of stage 1 (1: none)")
     add("--cfg2", type=number(float, 0), help="guidance of stage 2 (1: none)")
@@ -241,12 +239,11 @@ def parse(argv):
     add("--top-k", type=number(int, 1), help="stage 1: keep the k likeliest codes (default: all)")
     add("--top-p", type=number(float, 1e-9, 1), help="stage 1: keep the likeliest codes of total probability p")
     add("--steps", type=number(int, 1), help="token steps of stage 2")
-    add("--diffusion-steps", type=annealing, metavar="N or FIRST:LAST", help="denoising steps in each token step")
+    add("--diffusion-steps", type=denoising_steps, metavar="N or FIRST:LAST", help="denoising steps in each token step")
     add("--coarse", action="store_true", help="stage 1 alone: coarse pictures")
     add("--raw", action="store_true", help="the raw weights instead of their average (EMA)")
     add_device_flags(add)
     return parser, parser.parse_args(argv)
-
 
 def open_pipeline(args, device):
     """The Pipeline that the flags name, with their settings. Raises InputError."""
@@ -263,16 +260,15 @@ def open_pipeline(args, device):
         raise InputError(f"--steps {pipeline.settings['steps']}: must lie between 1 and {places}, the number of tokens")
     return pipeline
 
-
 def main(argv=None):
     parser, args = parse(argv)
     with user_errors(parser):
         processes = Processes(args.device)
-        torch.set_float32_matmul_precision("high")  # TF32 where bf16 is not used, but for tokens: see full_float32
-        name, published = "variations.png" if args.photos else "samples.png", args.vq or args.kl
-        args.out = Path(args.out or (name if published else Path(args.run) / name))
-        if args.out.suffix not in (".png", ".npz")[:1 if args.photos else 2] or args.out.is_dir():
-            raise InputError(f"--out {args.out}: must be a file that ends in .png or, but for --from, in .npz")
+        torch.set_float32_matmul_precision("high")  # TF32 where there is no bf16; tokens have neither: full_float32
+        folder = Path(".") if args.vq or args.kl else Path(args.run)
+        args.out = Path(args.out or folder / ("variations.png" if args.photos else "samples.png"))
+        if args.out.suffix not in ({".png"} if args.photos else {".png", ".npz"}) or args.out.is_dir():
+            raise InputError(f"--out {args.out}: must be a file that ends in .png or, without --from, in .npz")
         pipeline = open_pipeline(args, processes.device)
         if args.compile or (args.compile is None and processes.device.type == "cuda"):
             for model in filter(None, (pipeline.discrete, pipeline.continuous)):
@@ -282,7 +278,6 @@ def main(argv=None):
         elif processes.rank == 0:
             vary(pipeline, args)
         processes.end()
-
 
 if __name__ == "__main__":
     main()

@@ -4,19 +4,19 @@ D2C describes one picture twice, on one grid of h x w places:
 
     image (B,3,H,W) in [-1,1]
      |- VQTokenizer.encode -> codes   (B,h,w) int64, one of K codebook rows per place: the coarse picture
-     '- KLTokenizer.encode -> moments (B,2C,h,w), mean and log-variance of C numbers per place: the fine picture
+     '- KLTokenizer.encode -> moments (B,2C,h,w), mean and log-variance of C numbers per place; a latent is a sample
 
 Both are convolutional autoencoders of one family (Esser et al. 2021, arXiv 2012.09841, section 3.1). They differ in
-what happens at the bottleneck (sg: no gradient; all norms are means over elements):
+what happens to the encoder's output z at the bottleneck (x': decoded picture; sg: no gradient; norms are means over
+elements):
 
     VQ   z -> nearest row e of a codebook   loss = |x - x'|^2 + |sg(z) - e|^2 + 0.25 |z - sg(e)|^2
-    KL   z ~ N(mean, variance)              loss = |x - x'|^2 + kl_weight * KL( N(mean, variance) || N(0, 1) )
+    KL   latent ~ N(mean, variance)         loss = |x - x'|^2 + kl_weight * KL( N(mean, variance) || N(0, 1) )
 
-The same classes hold LlamaGen's VQ-16 and MAR's KL-16 (`from_published`), and small ones that train in a minute. The
-published ones were trained with perceptual and adversarial losses as well, which keep texture crisp; this file trains
-with the squared error alone.
-
-Reading order: the two tokenizers, their convolutional family, pictures, data sets, the built-in data.
+The same classes hold LlamaGen's VQ-16 and MAR's KL-16 (16 pixels a place), and small ones that train in a minute. The
+published ones were trained with perceptual and adversarial losses as well, which keep texture crisp; here the squared
+error alone stands for the picture. Reading order: tokenizers, their convolutional family, pictures, data sets, built-in
+data.
 """
 import colorsys
 import contextlib
@@ -36,34 +36,33 @@ from torch.utils.data import Dataset
 
 @dataclass
 class TokenizerConfig:
-    """Sizes of a tokenizer. The defaults are those of the published VQ-16 and KL-16."""
-    z_channels: int                          # channels of the bottleneck: C of the KL latents, LlamaGen's 256 for VQ
+    """Sizes of a tokenizer. Where nothing else is said, the defaults are those of the published VQ-16 and KL-16."""
+    z_channels: int                          # KL: C, 16 in KL-16. VQ: width around the bottleneck, 256 in VQ-16
     width: int = 128                         # channels at full resolution
     multipliers: tuple = (1, 1, 2, 2, 4)     # channels per level / width; the resolution halves between levels
     num_res_blocks: int = 2                  # per level; the decoder has one more
-    encoder_attention: bool = True           # in the lowest level (the middle always has it)
-    decoder_attention: bool = False          # published: VQ yes, KL no
+    encoder_attention: bool = True           # in the level at the grid's resolution; the middle always has it
+    decoder_attention: bool = False          # the same for the decoder: VQ-16 yes, KL-16 no
     patch: int = 1                           # > 1: stem and head work on patches, far cheaper for small pictures
-    linear_skip: bool = False                # add a linear patch embedding around each half: small ones learn faster
-    codebook_size: int = 0                   # VQ only
+    linear_skip: bool = False                # one linear map past the encoder, one past the decoder: learns faster
+    codebook_size: int = 0                   # VQ only: K, 16384 in VQ-16
     code_dim: int = 8                        # VQ only: width of a codebook row
-    kl_weight: float = 1e-3                  # KL only: mean over latents, against the mean squared error of pixels
+    kl_weight: float = 1e-3                  # KL only, and ours: weight of the KL (a mean) against the squared error
 
     @property
     def factor(self):
         """How many pixels wide one place of the grid is."""
         return self.patch * 2 ** (len(self.multipliers) - 1)
 
-
 class VQTokenizer(nn.Module):
-    """Images <-> discrete codes. Both sides of the nearest-neighbour search lie on the unit sphere, so that the search
-    is by angle and every row can be reached (Yu et al. 2021, arXiv 2110.04627; LlamaGen, arXiv 2406.06525)."""
+    """Images <-> discrete codes. Encoder vectors z and codebook rows e have length 1: the nearest row is the one at the
+    smallest angle, and more rows stay in use (Yu et al. 2021, arXiv 2110.04627; LlamaGen, arXiv 2406.06525)."""
     def __init__(self, config):
         super().__init__()
         self.config = config
         self.encoder = Encoder(config, config.z_channels)
         self.decoder = Decoder(config)
-        self.quantize = nn.ModuleDict({"embedding": nn.Embedding(config.codebook_size, config.code_dim)})
+        self.quantize = nn.ModuleDict({"embedding": nn.Embedding(config.codebook_size, config.code_dim)})  # VQ-16's key
         self.quant_conv = nn.Conv2d(config.z_channels, config.code_dim, 1)
         self.post_quant_conv = nn.Conv2d(config.code_dim, config.z_channels, 1)
 
@@ -74,21 +73,21 @@ class VQTokenizer(nn.Module):
     def features(self, images):
         """images (B,3,H,W) -> unit vectors z (B,code_dim,h,w), before quantisation."""
         z = self.quant_conv(self.encoder(images))
-        return F.normalize(z.to(self.quant_conv.weight.dtype), dim=1)  # full precision, also under autocast
+        return F.normalize(z.to(self.quant_conv.weight.dtype), dim=1)  # autocast made z bf16: normalise in float32
 
     def nearest(self, z):
         """Unit vectors z (B,code_dim,h,w) -> codes (B,h,w): for each place the row of the codebook at the smallest
         distance, which on the sphere is the row with the largest cosine."""
-        with full_float32():
+        with full_float32(z.device):
             return torch.einsum("bchw,kc->bhwk", z, self.codebook()).argmax(-1)        # (B,h,w,K) -> (B,h,w)
 
     def rows(self, codes):
-        """codes (B,h,w) -> their rows of the codebook e (B,code_dim,h,w)."""
+        """codes (B,h,w) -> their codebook rows e (B,code_dim,h,w)."""
         return F.embedding(codes, self.codebook()).permute(0, 3, 1, 2)
 
     def encode(self, images):
         """images (B,3,H,W) in [-1,1] -> codes (B,h,w) int64."""
-        with full_float32():
+        with full_float32(images.device):
             return self.nearest(self.features(images))
 
     def decode(self, codes):
@@ -96,15 +95,15 @@ class VQTokenizer(nn.Module):
         return self.decoder(self.post_quant_conv(self.rows(codes)))
 
     def forward(self, images):
-        """Training: (loss, codes (B,h,w), z (B,code_dim,h,w)). The decoder sees e, but its gradient goes to z as if z
-        were e (straight-through: van den Oord et al. 2017, arXiv 1711.00937); e learns by following z, with weight 1,
-        and z is held near e with weight 0.25."""
+        """Training: (loss, codes (B,h,w), z (B,code_dim,h,w)); train.py needs the last two to revive unused rows. The
+        decoder sees e, but its gradient goes to z as if z were e (straight-through: van den Oord et al. 2017, arXiv
+        1711.00937); e learns by following z, with weight 1, and z is held near e with weight 0.25."""
         z = self.features(images)
         codes = self.nearest(z)
         e = self.rows(codes)
         reconstruction = self.decoder(self.post_quant_conv(z + (e - z).detach()))             # (B,3,H,W)
-        commitment = F.mse_loss(e, z.detach()) + 0.25 * F.mse_loss(z, e.detach())
-        return F.mse_loss(reconstruction, images) + commitment, codes, z
+        codebook_loss = F.mse_loss(e, z.detach()) + 0.25 * F.mse_loss(z, e.detach())
+        return F.mse_loss(reconstruction, images) + codebook_loss, codes, z
 
     @classmethod
     def from_published(cls, state):
@@ -118,10 +117,10 @@ class VQTokenizer(nn.Module):
         model.load_state_dict(state)
         return model
 
-
 class KLTokenizer(nn.Module):
-    """Images <-> continuous latents: a diagonal Gaussian per place (Kingma & Welling 2013; KL-16 of MAR,
-    arXiv 2406.11838). Latents handed to a generator are samples times `scale`, so that their variance is one."""
+    """Images <-> continuous latents: a diagonal Gaussian per place (Kingma & Welling 2013; KL-16 of MAR, arXiv
+    2406.11838). In this class latents are unscaled. Stage 2 has them times `scale`, so of variance one: train.py
+    multiplies, sample.py divides."""
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -133,7 +132,7 @@ class KLTokenizer(nn.Module):
 
     def encode(self, images):
         """images (B,3,H,W) in [-1,1] -> moments (B,2C,h,w): mean and log-variance, unscaled."""
-        with full_float32():
+        with full_float32(images.device):
             return self.quant_conv(self.encoder(images))
 
     def decode(self, latents):
@@ -148,9 +147,10 @@ class KLTokenizer(nn.Module):
         return mean + (0.5 * log_variance.clamp(-30, 20)).exp() * noise
 
     def forward(self, images, noise):
-        """Training loss: mean squared error of the picture decoded from a sample, plus kl_weight times the KL to N(0,
-        1) in nats, mean over latents; noise (B,C,h,w) standard normal. The log-variance is clamped to [-30, 20]."""
-        moments = self.quant_conv(self.encoder(images))                                       # (B,2C,h,w)
+        """Training loss: mean squared error of the picture decoded from a sample, plus kl_weight times the KL
+        divergence to N(0, 1) in nats, a mean over latents, with the log-variance clamped as in `sample`. noise
+        (B,C,h,w) standard normal."""
+        moments = self.quant_conv(self.encoder(images))  # (B,2C,h,w); not by `encode`: training may run in bf16
         mean, log_variance = moments.chunk(2, 1)                                              # (B,C,h,w) each
         log_variance = log_variance.clamp(-30, 20)
         kl = 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance).mean()
@@ -172,7 +172,6 @@ class KLTokenizer(nn.Module):
         model.load_state_dict(state)
         return model
 
-
 def published_sizes(state):
     """The sizes of the convolutional family, read off the shapes of a state dict (in LlamaGen's key layout)."""
     width = state["encoder.conv_in.weight"].shape[0]
@@ -184,35 +183,29 @@ def published_sizes(state):
         encoder_attention=f"encoder.conv_blocks.{levels - 1}.attn.0.q.weight" in state,
         decoder_attention="decoder.conv_blocks.0.attn.0.q.weight" in state)
 
-
 @contextlib.contextmanager
-def full_float32():
-    """Inside there is neither bf16 nor TF32, whatever the caller has set: rounding like theirs changes codes."""
+def full_float32(device):
+    """No bf16 and no TF32 inside, whatever the caller has set: their rounding changes codes."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
-        with (torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False),
-              torch.backends.cudnn.flags(enabled=True, allow_tf32=False)):
+        with torch.autocast(device.type, enabled=False), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             yield
     finally:
         torch.set_float32_matmul_precision(before)
-
 
 def to_tokens(maps):
     """(B,C,h,w) -> (B,h*w,C), row by row."""
     return maps.flatten(2).transpose(1, 2)
 
-
 def to_map(tokens, grid):
     """(B,h*w,C) -> (B,C,h,w)."""
     return tokens.transpose(1, 2).unflatten(2, tuple(grid))
-
 
 # The convolutional family --------------------------------------------------------------------------------------------
 
 def group_norm(channels):
     return nn.GroupNorm(32, channels, eps=1e-6)
-
 
 class ResBlock(nn.Module):
     def __init__(self, in_channels, out_channels):
@@ -225,10 +218,9 @@ class ResBlock(nn.Module):
         self.nin_shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x):
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
-        return h + self.nin_shortcut(x)
-
+        y = self.conv1(F.silu(self.norm1(x)))
+        y = self.conv2(F.silu(self.norm2(y)))
+        return y + self.nin_shortcut(x)
 
 class AttentionBlock(nn.Module):
     """Single-head self-attention between all places of a feature map."""
@@ -238,10 +230,9 @@ class AttentionBlock(nn.Module):
         self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
 
     def forward(self, x):
-        h = self.norm(x)
-        q, k, v = (to_tokens(layer(h)) for layer in (self.q, self.k, self.v))                 # (B,hw,C)
+        y = self.norm(x)                                                                      # (B,C,h,w)
+        q, k, v = (to_tokens(layer(y)) for layer in (self.q, self.k, self.v))                 # (B,hw,C)
         return x + self.proj_out(to_map(F.scaled_dot_product_attention(q, k, v), x.shape[2:]))
-
 
 class Level(nn.Module):
     """The residual blocks at one resolution, each followed by attention if asked for; then, under the published names,
@@ -266,10 +257,8 @@ class Level(nn.Module):
                 x = self.attn[i](x)
         return self.upsample(self.downsample(x))
 
-
 def middle(channels):
     return nn.ModuleList([ResBlock(channels, channels), AttentionBlock(channels), ResBlock(channels, channels)])
-
 
 class Encoder(nn.Module):
     """images (B,3,H,W) -> features (B,out_channels,H/f,W/f), f = patch * 2^(levels - 1)."""
@@ -294,9 +283,8 @@ class Encoder(nn.Module):
         x = self.conv_out(F.silu(self.norm_out(x)))                                           # (B,out_channels,h,w)
         return x if self.skip is None else x + self.skip(images)
 
-
 class Decoder(nn.Module):
-    """latents (B,C,h,w) -> images (B,3,h*f,w*f): the encoder run backwards, its levels in order of execution."""
+    """(B,z_channels,h,w) -> images (B,3,h*f,w*f): the encoder run backwards, its levels in order of execution."""
     def __init__(self, config):
         super().__init__()
         widths = [config.width * m for m in reversed(config.multipliers)]
@@ -310,13 +298,12 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], 3 * config.patch**2, 3, padding=1)
         self.skip = nn.Conv2d(config.z_channels, 3 * config.factor**2, 1) if config.linear_skip else None
 
-    def forward(self, latents):
-        x = self.conv_in(latents)                                                             # (B,widths[0],h,w)
+    def forward(self, z):
+        x = self.conv_in(z)                                                                   # (B,widths[0],h,w)
         for block in [*self.mid, *self.conv_blocks]:
             x = block(x)                                                           # at last (B,width,H/patch,W/patch)
         x = F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(x))), self.patch)              # (B,3,H,W)
-        return x if self.skip is None else x + F.pixel_shuffle(self.skip(latents), self.factor)
-
+        return x if self.skip is None else x + F.pixel_shuffle(self.skip(z), self.factor)
 
 # Pictures ------------------------------------------------------------------------------------------------------------
 
@@ -324,11 +311,9 @@ def to_float(images):
     """uint8 (B,H,W,3) -> float32 (B,3,H,W) in [-1,1]."""
     return images.permute(0, 3, 1, 2).float() / 127.5 - 1
 
-
 def to_uint8(images):
-    """float (B,3,H,W) in about [-1,1] -> uint8 (B,H,W,3). Truncating 127.5x + 128 (ADM) rounds 127.5x + 127.5 (MAR)."""
+    """float (B,3,H,W) in about [-1,1] -> uint8 (B,H,W,3). Truncating 127.5x + 128 is rounding 127.5x + 127.5."""
     return (images.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
-
 
 def center_crop(image, size):
     """ADM's centre crop, as for all published ImageNet numbers: uint8 (H,W,3) array -> (size,size,3). Halved with a box
@@ -342,7 +327,6 @@ def center_crop(image, size):
     top, left = (image.height - size) // 2, (image.width - size) // 2
     return np.array(image)[top:top + size, left:left + size]
 
-
 def read_image(path, size):
     """One picture file of whatever kind, centre-cropped: uint8 (size,size,3). As in ADM, orientation tags and
     transparency are ignored. Raises InputError naming the file."""
@@ -351,29 +335,27 @@ def read_image(path, size):
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         return center_crop(np.asarray(image.convert("RGB")), size)
 
-
-def draw_grid(kinds, titles, rows):
-    """Pictures kinds (k,n,S,S,3) as one PIL image, a column per title: above all a line of titles, then for every
-    len(titles) pictures a line per kind, named by `rows` at its left."""
-    count, size, columns = kinds.shape[1], kinds.shape[2], len(titles)
+def draw_grid(pictures, columns, rows):
+    """pictures (k,n,S,S,3), n pictures in k versions, as one PIL image. Picture i stands in column i % len(columns),
+    its versions one below the other. `columns` are the titles at the top, `rows` (k of them) the names at the left."""
+    count, size = pictures.shape[1:3]
     tile = size * max(1, round(96 / size))  # small pictures are enlarged, pixel by pixel
     font = ImageFont.load_default(13)
     left, top, gap = 8 + int(max(font.getlength(row) for row in rows)), 20, 6
-    block_height = len(kinds) * tile + gap
-    sheet = Image.new("RGB", (left + columns * tile, top + math.ceil(count / columns) * block_height), "white")
+    block_height, blocks = len(rows) * tile + gap, math.ceil(count / len(columns))
+    sheet = Image.new("RGB", (left + len(columns) * tile, top + blocks * block_height), "white")
     pen = ImageDraw.Draw(sheet)
-    for column, title in enumerate(titles):
+    for column, title in enumerate(columns):
         pen.text((left + (column + 0.5) * tile, top / 2), title, "black", font, anchor="mm")
     for i in range(count):
-        block, column = divmod(i, columns)
-        for kind, row in enumerate(rows):
-            y = top + block * block_height + kind * tile
-            picture = Image.fromarray(kinds[kind, i]).resize((tile, tile), Image.Resampling.NEAREST)
+        block, column = divmod(i, len(columns))
+        for k, row in enumerate(rows):
+            y = top + block * block_height + k * tile
+            picture = Image.fromarray(pictures[k, i]).resize((tile, tile), Image.Resampling.NEAREST)
             sheet.paste(picture, (left + column * tile, y))
             if column == 0:
                 pen.text((left - 4, y + tile / 2), row, "black", font, anchor="rm")
     return sheet
-
 
 # Data sets: items (uint8 (S,S,3), class id); `size` is S, `classes` the names in the order of the ids ----------------
 
@@ -386,7 +368,6 @@ def open_images(data, size, seed=0):
     if Path(data).is_file():
         return ImageArray(data, size)
     raise InputError(f"--data {data}: no such folder or file (give shapes, a folder of class folders, or an .npz)")
-
 
 class ImageFolder(Dataset):
     """One folder per class (the ImageNet layout); sorted folder names give the class ids."""
@@ -401,7 +382,7 @@ class ImageFolder(Dataset):
             if not found:
                 print(f"warning: --data {root}: class folder {folder.name} holds no images; its class id stays unused")
         if not self.files:
-            raise InputError(f"--data {root}: no images found; expected {root}/CLASS/IMAGE{', '.join(self.SUFFIXES)}")
+            raise InputError(f"--data {root}: no images found; expected {root}/CLASS/IMAGE.jpg (or png, webp, bmp)")
 
     def __len__(self):
         return len(self.files)
@@ -410,9 +391,8 @@ class ImageFolder(Dataset):
         path, label = self.files[index]
         return read_image(path, self.size), label
 
-
 class ImageArray(Dataset):
-    """An .npz with `images` uint8 (N,H,W,3), integer `labels` (N,) from 0 upwards and, if one likes, `classes`: a name
+    """An .npz with `images` uint8 (N,H,W,3), integer `labels` (N,) from 0 upwards and, optionally, `classes`: a name
     for each label. Raises InputError for other arrays."""
     def __init__(self, path, size):
         with reading(path, "save it with numpy.savez(path, images=..., labels=...)"), np.load(path) as file:
@@ -434,14 +414,12 @@ class ImageArray(Dataset):
             image = center_crop(image, self.size)
         return image, int(self.labels[index])
 
-
 class InputError(Exception):
     """Something the user gave cannot be used. The message names the file or flag and the remedy."""
 
-
 @contextlib.contextmanager
 def reading(path, remedy):
-    """Whatever goes wrong inside, in zip, pickle, json, numpy, Pillow or in the shapes, becomes one InputError that
+    """Whatever goes wrong inside (zip, pickle, json, numpy, Pillow, wrong array shapes) becomes an InputError that
     names the file and the remedy."""
     try:
         yield
@@ -451,20 +429,17 @@ def reading(path, remedy):
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise InputError(f"{path}: cannot be used ({reason}); {remedy}") from error
 
-
 # The built-in data ---------------------------------------------------------------------------------------------------
 
 class Shapes(Dataset):
-    """Built-in data, drawn on the fly: ten shapes (what the codes must tell) filled with a fine texture (what they
-    lose).
-
-    Picture i depends on (seed, i) only; all lengths are shares of `size`, so that 32, 64 and 256 pixels show the same.
-    Items: (uint8 (S,S,3), label)."""
+    """Built-in data, drawn on the fly: ten shapes (what the codes must tell) with a fine texture (what they lose).
+    Picture i depends on (seed, i) only. Lengths are shares of `size`: pictures of 32 and of 256 pixels show the
+    same."""
     classes = ["circle", "square", "triangle", "star", "cross", "ring", "heart", "moon", "arrow", "hourglass"]
 
-    turn, tip = np.linspace(0, 2 * np.pi, 40), np.arange(10)
-    radius, a, b = np.where(tip % 2, .42, 1.05), .95, .33
-    outlines = {  # of the classes that are no ellipses: corners in a unit circle, (x, y), y downwards
+    turn, tip = np.linspace(0, 2 * np.pi, 40), np.arange(10)  # of the heart, of the star
+    radius, a, b = np.where(tip % 2, .42, 1.05), .95, .33  # of the star's ten corners; of the cross
+    outlines = {  # corners (x, y), y downwards, of about unit radius; circle, ring and moon are made of discs
         1: [(-.75, -.75), (.75, -.75), (.75, .75), (-.75, .75)],
         2: [(0, -1), (.95, .75), (-.95, .75)],
         3: np.stack([radius * np.cos(tip * np.pi / 5 - np.pi / 2), radius * np.sin(tip * np.pi / 5 - np.pi / 2)], 1),
@@ -482,19 +457,17 @@ class Shapes(Dataset):
         return self.count
 
     def __getitem__(self, index):
-        if index not in self.drawn:
+        image = self.drawn.get(index)
+        if image is None:
             image = self.draw(index % 10, np.random.default_rng([self.seed, index]))
-            if self.size > 64:
-                return image, index % 10
-            self.drawn[index] = image
-        return self.drawn[index], index % 10
+            if self.size <= 64:
+                self.drawn[index] = image
+        return image, index % 10
 
-    def mask(self, label, center, radius, angle):
+    def coverage(self, label, center, radius, angle):
         """Coverage of each pixel by the shape, float (S,S,1) in [0,1]: drawn four times larger, then averaged."""
-        over = 4
-        image = Image.new("L", (self.size * over,) * 2)
+        image, center, radius = Image.new("L", (4 * self.size,) * 2), 4 * center, 4 * radius
         pen = ImageDraw.Draw(image)
-        center, radius = center * over, radius * over
 
         def disc(x, y, r, fill):
             pen.ellipse((x - r, y - r, x + r, y + r), fill=fill)
@@ -505,12 +478,12 @@ class Shapes(Dataset):
             pen.polygon([tuple(corner) for corner in corners], fill=255)
         else:
             disc(*center, radius * .95, 255)
-            if label == 5:
+            if label == 5:  # ring
                 disc(*center, radius * .5, 0)
-            if label == 7:
+            if label == 7:  # moon
                 direction = np.array([np.cos(angle - .4), np.sin(angle - .4)])
                 disc(*(center + radius * .5 * direction), radius * .75, 0)
-        return np.asarray(image.reduce(over), np.float32)[..., None] / 255
+        return np.asarray(image.reduce(4), np.float32)[..., None] / 255
 
     def texture(self, rng):
         """A fine two-valued pattern, float (S,S,1) in [0,1]: four waves across the picture, of random phase."""
@@ -543,5 +516,5 @@ class Shapes(Dataset):
         outside = colour(back, .3, shade) * ramp + colour(back, .3, shade + .15) * (1 - ramp)
         radius = size * rng.uniform(.34, .4)
         center = size / 2 + rng.uniform(-.05, .05, 2) * size
-        mask = self.mask(label, center, radius, rng.uniform(-.25, .25))
-        return np.uint8(255 * (inside * mask + outside * (1 - mask)) + .5)
+        cover = self.coverage(label, center, radius, rng.uniform(-.25, .25))
+        return np.uint8(255 * (inside * cover + outside * (1 - cover)) + .5)

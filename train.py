@@ -10,7 +10,7 @@ Everything goes to one run folder (--out): tokenizers.pt, tokens/, stage0.pt, st
 stage. The same command again resumes. All three stages go through one loop, `fit`: a stage brings a model whose forward
 is its loss, and a function that reads one picture as this model wants it.
 
-The random numbers of a picture in a training step come from a generator seeded by (seed, stage, step, place in the
+The random numbers of a picture in a training step come from a generator seeded by (seed, stage, step, row of the
 batch), and what a batch shares from (seed, stage, step). So a resumed run equals an uninterrupted one, and the number
 of processes changes nothing but rounding. (Dropout, which torch draws itself, differs between processes.)
 
@@ -46,89 +46,85 @@ from d2c import PRESETS, ContinuousConfig, ContinuousGenerator, DiscreteConfig, 
 from tokenizers import (InputError, KLTokenizer, TokenizerConfig, VQTokenizer, open_images, reading, to_float,
                         to_tokens)
 
-# One picture of a batch, as each stage wants it ----------------------------------------------------------------------
+# One picture of a batch, as each stage wants it (chance: a uniform number that the whole batch shares) ----------------
 
-def read_picture(images, latent_shape, index, generator, shared):
+def read_picture(images, latent_shape, index, generator, chance):
     """Stage 0: picture (3,S,S), mirrored with probability 1/2, and noise (C,h,w) for the KL tokenizer."""
     picture = to_float(torch.as_tensor(images[index][0])[None])[0]                            # (3,S,S)
     if torch.rand((), generator=generator) < 0.5:
         picture = picture.flip(2)
     return picture, torch.randn(latent_shape, generator=generator)
 
-
-def read_codes(cache, index, generator, shared):
+def read_codes(cache, index, generator, chance):
     """Stage 1: codes (N,), mirrored with probability 1/2, and label; the class is dropped (-1) with probability 0.1."""
-    mirrored, dropped = torch.rand(2, generator=generator).tolist()
-    codes = torch.from_numpy(cache.codes[int(mirrored < 0.5), index].astype(np.int64))        # (N,)
-    return codes, -1 if dropped < 0.1 else int(cache.labels[index])
+    flip, drop = torch.rand(2, generator=generator).tolist()
+    codes = torch.from_numpy(cache.codes[int(flip < 0.5), index].astype(np.int64))            # (N,)
+    return codes, -1 if drop < 0.1 else int(cache.labels[index])
 
-
-def read_latents(cache, config, index, generator, shared):
+def read_latents(cache, config, index, generator, chance):
     """Stage 2: one picture's arguments of ContinuousGenerator.forward, for the `config` of that model.
 
-    The picture is mirrored with probability 1/2. `shared` decides how many places are hidden, the same for the whole
+    The picture is mirrored with probability 1/2. `chance` decides how many places are hidden, the same for the whole
     batch; which ones is the picture's own random order. Class and codes are dropped together with probability 0.1, for
     guidance, and codes alone with 0.05, so that the class keeps a meaning of its own."""
-    places, channels = cache.moments.shape[2], cache.moments.shape[3] // 2
-    mirrored, dropped = torch.rand(2, generator=generator).tolist()
-    mirrored = int(mirrored < 0.5)
-    moments = torch.from_numpy(cache.moments[mirrored, index].astype(np.float32))             # (N,2C)
-    noise = torch.randn(places, channels, generator=generator)
-    latents = KLTokenizer.sample(moments, noise, dim=1) * cache.meta["scale"]                 # (N,C)
-    label = -1 if dropped < 0.1 else int(cache.labels[index])
-    codes = torch.from_numpy(cache.codes[mirrored, index].astype(np.int64))                   # (N,)
-    codes = codes.fill_(-1) if dropped < 0.15 else codes
+    number, channels = cache.moments.shape[2], cache.moments.shape[3] // 2
+    flip, drop = torch.rand(2, generator=generator).tolist()
+    side = int(flip < 0.5)
+    moments = torch.from_numpy(cache.moments[side, index].astype(np.float32))                 # (N,2C), see TokenCache
+    eps = torch.randn(number, channels, generator=generator)
+    latents = KLTokenizer.sample(moments, eps, dim=1) * cache.meta["scale"]                   # (N,C), of variance 1
+    label = -1 if drop < 0.1 else int(cache.labels[index])
+    codes = torch.from_numpy(cache.codes[side, index].astype(np.int64))                       # (N,)
+    codes = codes.fill_(-1) if drop < 0.15 else codes
 
-    hidden, order = hidden_places(places, config, shared), torch.randperm(places, generator=generator)
-    t = torch.randint(1000, (hidden, config.noise_levels), generator=generator)               # (H,R)
-    noise = torch.randn(hidden, config.noise_levels, channels, generator=generator)           # (H,R,C)
-    return latents, order[hidden:], order[:hidden], label, codes, t, noise
+    count, order = count_hidden(number, config, chance), torch.randperm(number, generator=generator)
+    t = torch.randint(1000, (count, config.noise_levels), generator=generator)                # (H,R)
+    noise = torch.randn(count, config.noise_levels, channels, generator=generator)            # (H,R,C)
+    return latents, order[count:], order[:count], label, codes, t, noise
 
-
-def hidden_places(places, config, quantile):
-    """How many of `places` are hidden, at a quantile in [0,1) of a normal around 1, cut to [smallest share, 1]. (MAR's
-    smallest share, 0.7, would show four of 16 places at most, too few to learn from: hence the small presets' 0.1.)"""
+def count_hidden(number, config, chance):
+    """How many of `number` places are hidden: `chance` in [0,1) runs through a normal around 1, cut to [smallest share,
+    1]. (MAR's smallest share, 0.7, would show four of 16 places at most, too few to learn from: the small presets have
+    0.1.)"""
     deviation, smallest = config.hidden_share
     normal = NormalDist(1, deviation)
     low = normal.cdf(smallest)
-    return math.ceil(places * normal.inv_cdf(low + quantile * (0.5 - low)))
-
+    return math.ceil(number * normal.inv_cdf(low + chance * (0.5 - low)))
 
 class Pictures(Dataset):
-    """Item (step, place) is the picture at `place` of the batch of training step `step`: what `read` makes of it, with
-    the random numbers of this step and place. Every epoch visits all `indices` in a new order.
+    """Item (step, row) is the picture in row `row` of the batch of training step `step`: what `read` makes of it, with
+    the random numbers of this step and row. Every epoch visits all `indices` in a new order.
 
-    With `held_out` the pictures and their numbers are the same at every step, and what a batch shares takes SPREAD
-    values, evenly spread: so the number of hidden places in validation does not depend on the seed."""
-    SPREAD = 4
+    With `held_out` the batch is the same at every step, and `chance` takes QUARTERS values, evenly spread over the
+    rows: so the number of hidden places in validation does not depend on the seed."""
+    QUARTERS = 4
 
     def __init__(self, read, indices, batch_size, stage, seed, held_out=False):
         self.read, self.indices, self.batch_size, self.held_out = read, indices, batch_size, held_out
-        self.key = seed, stage
+        self.stage, self.seed = stage, seed
 
-    def __getitem__(self, step_and_place):
-        step, place = step_and_place
-        epoch, position = divmod(step * self.batch_size + place, len(self.indices))
-        index = int(self.indices[epoch_order(len(self.indices), self.key[0], epoch)[position]])
-        step = "held out" if self.held_out else step
-        shared = (self.part(place) + 0.5) / self.SPREAD if self.held_out else seed_of(*self.key, step) / 2**63
-        return self.read(index, torch.Generator().manual_seed(seed_of(*self.key, step, place)), shared)
+    def __getitem__(self, step_and_row):
+        step, row = step_and_row
+        epoch, position = divmod(row if self.held_out else step * self.batch_size + row, len(self.indices))
+        index = int(self.indices[epoch_order(len(self.indices), self.seed, epoch)[position]])
+        if self.held_out:
+            step, chance = "held out", (self.quarter(row) + 0.5) / self.QUARTERS
+        else:
+            chance = seed_of(self.seed, self.stage, step) / 2**63  # a seed is as good as a random number
+        return self.read(index, torch.Generator().manual_seed(seed_of(self.seed, self.stage, step, row)), chance)
 
-    def part(self, place):
-        """Which of the SPREAD parts of the held-out batch a place belongs to."""
-        return place * self.SPREAD // self.batch_size
-
+    def quarter(self, row):
+        """Which quarter of the batch a row is in."""
+        return row * self.QUARTERS // self.batch_size
 
 @functools.lru_cache(maxsize=2)
 def epoch_order(count, seed, epoch):
     """The order in which an epoch visits `count` pictures."""
     return np.random.default_rng([seed, 2, epoch]).permutation(count)
 
-
 def seed_of(*parts):
     """One 63-bit seed from integers or words: a hash of their text."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1
-
 
 # The step ------------------------------------------------------------------------------------------------------------
 
@@ -140,11 +136,9 @@ def learning_rate(step, steps, peak, warmup, decay):
     share = (step - warmup) / max(1, steps - warmup)
     return peak if decay == "constant" else peak * 0.5 * (1 + math.cos(math.pi * share))
 
-
 def ema_decay(step, longest):
     """Decay of the moving average of weights: a young average forgets its random start quickly."""
     return min(longest, (1 + step) / (10 + step))
-
 
 def parameter_groups(model, weight_decay):
     """Weight decay on matrices only, and never on the diffusion head (LlamaGen and MAR)."""
@@ -153,11 +147,9 @@ def parameter_groups(model, weight_decay):
         (decayed if parameter.ndim >= 2 and not name.startswith("diffloss.") else free).append(parameter)
     return [dict(params=decayed, weight_decay=weight_decay), dict(params=free, weight_decay=0.0)]
 
-
-def split(batch, parts, device):
-    """A batch, a tuple of tensors, on the device and in `parts` equal parts: a list of tuples."""
-    return list(zip(*(x.to(device, non_blocking=True).chunk(parts) for x in batch)))
-
+def split(batch, pieces, device):
+    """A batch, a tuple of tensors, on the device and cut into `pieces`: a list of tuples."""
+    return list(zip(*(x.to(device, non_blocking=True).chunk(pieces) for x in batch)))
 
 def training_step(model, average, optimizer, batch, step, settings, args, processes):
     """One training step: loss and gradient, clipping, update, moving average. Returns the loss, a tensor.
@@ -165,54 +157,53 @@ def training_step(model, average, optimizer, batch, step, settings, args, proces
     model: its forward is the loss; among several processes it is wrapped in DistributedDataParallel, which averages the
     gradients. average: an AveragedModel of it. batch: this process's pictures. settings: those of `fit`."""
     bare = model.module if isinstance(model, DistributedDataParallel) else model
-    torch.manual_seed(seed_of(args.seed, settings["stage"], step, processes.rank))            # dropout
+    torch.manual_seed(seed_of(args.seed, settings["stage"], step, "dropout", processes.rank))
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, settings["steps"], settings["lr"], settings["warmup"], settings["decay"])
     model.train()
-    total, parts = 0.0, split(batch, args.accumulate, processes.device)
-    for k, part in enumerate(parts):
-        waits = bare is not model and k < len(parts) - 1  # gradients travel once per step, with the last part
+    total, pieces = 0.0, split(batch, args.accumulate, processes.device)
+    for k, piece in enumerate(pieces):
+        waits = bare is not model and k < len(pieces) - 1  # gradients travel once per step, with the last piece
         with model.no_sync() if waits else contextlib.nullcontext():
             with autocast(processes.device, args.dtype):
-                loss = model(*part) / len(parts)
+                loss = model(*piece) / len(pieces)
             loss.backward()
         total = total + loss.detach()
-    for module in bare.children() if isinstance(bare, Tokenizers) else [bare]:  # the two tokenizers share nothing
+    for module in bare.children() if isinstance(bare, Tokenizers) else [bare]:  # each tokenizer by its own norm
         nn.utils.clip_grad_norm_(module.parameters(), settings["grad_clip"])
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     if isinstance(bare, Tokenizers):
-        bare.revive_codes(processes, torch.Generator().manual_seed(seed_of(args.seed, settings["stage"], step, 0, 0)))
+        bare.revive_codes(processes, torch.Generator().manual_seed(seed_of(args.seed, step, "revive")))
     average.multi_avg_fn = get_ema_multi_avg_fn(ema_decay(step, settings["ema"]))
     average.update_parameters(bare)
     return total
 
-
 # The loop ------------------------------------------------------------------------------------------------------------
 
-LOG_COLUMNS = ["step", "loss", "validation", "learning_rate", "images_per_second", "seconds"]
-
-
-def fit(stage, model, read, count, defaults, run, extra, args, processes):
+def fit(stage, model, read, count, defaults, fixed, extra, args, processes):
     """Train `model` (its forward is the loss) from the run's checkpoint, if there is one, to the steps asked for.
 
     read: one of the functions above, for `count` pictures; 1 % of them, at most 5,000, are held out. defaults: the
-    preset's training settings. run: what must not change between commands. extra: stored in the checkpoint for
-    sample.py. Returns the averaged (EMA) model. Raises InputError if the command does not fit data or checkpoint, or a
-    loss is not finite."""
+    preset's training settings. fixed: what must stay the same from command to command. extra: stored in the checkpoint
+    for sample.py. Returns the averaged (EMA) model. Raises InputError if the command does not fit data or checkpoint,
+    or for a loss that is not finite."""
     device, path = processes.device, Path(args.out) / f"stage{stage}.pt"
     steps, batch_size = args.steps or defaults["steps"], args.batch_size or defaults["batch_size"]
     settings = defaults | dict(
         stage=stage, steps=steps, warmup=min(defaults["warmup"], steps // 5),  # a trial of few steps should learn, too
         lr=defaults["lr"] * batch_size / defaults["batch_size"] if args.lr is None else args.lr)
-    run = run | dict(batch_size=batch_size) | (dict(steps=steps) if settings["decay"] != "constant" else {})
-    if batch_size % (parts := processes.size * args.accumulate):
-        raise InputError(f"--batch-size {batch_size}: must be divisible by {parts}, processes x --accumulate")
+    fixed = fixed | dict(batch_size=batch_size)
+    if settings["decay"] != "constant":
+        fixed["steps"] = steps  # the rate of every step depends on it
+    if batch_size % (processes.size * args.accumulate):
+        raise InputError(f"--batch-size {batch_size}: must be divisible by the number of processes x --accumulate")
     if count < 2:
         raise InputError("--data: needs at least two pictures, one of which is held out for validation")
-    order, last = np.random.default_rng([args.seed, 1]).permutation(count), max(1, min(count // 100, 5000))
-    train = Pictures(read, order[last:], batch_size, stage, args.seed)
-    held_out = Pictures(read, order[:last], batch_size, stage, args.seed, held_out=True)
+    order = np.random.default_rng([args.seed, 1]).permutation(count)
+    num_held_out = max(1, min(count // 100, 5000))
+    train = Pictures(read, order[num_held_out:], batch_size, stage, args.seed)
+    held_out = Pictures(read, order[:num_held_out], batch_size, stage, args.seed, held_out=True)
     model = model.to(device)
     average = AveragedModel(model)
     average.n_averaged.fill_(1)  # else its first update copies the model instead of averaging
@@ -221,7 +212,7 @@ def fit(stage, model, read, count, defaults, run, extra, args, processes):
     start, log = 0, []
     if path.exists():
         file = read_checkpoint(path)
-        run = check_run(path, file.get("run"), run)
+        fixed = check_fixed(path, file.get("run", {}), fixed)
         with reading(path, "it does not fit this stage; move it away or choose another --out"):
             model.load_state_dict(file["model"])
             average.module.load_state_dict(file["ema"])
@@ -237,58 +228,60 @@ def fit(stage, model, read, count, defaults, run, extra, args, processes):
     def save(step):
         if processes.rank == 0:
             with writing(path) as temporary:
-                torch.save(dict(extra, run=run, stage=stage, step=step, log=log, model=model.state_dict(),
+                torch.save(dict(extra, run=fixed, stage=stage, step=step, log=log, model=model.state_dict(),
                                 ema=average.module.state_dict(), optimizer=optimizer.state_dict()), temporary)
             with writing(path.with_suffix(".csv")) as temporary, open(temporary, "w", newline="") as file:
-                csv.writer(file).writerows([LOG_COLUMNS, *log])
+                columns = "step", "loss", "validation", "learning_rate", "images_per_second", "seconds"
+                csv.writer(file).writerows([columns, *log])
         processes.wait()
 
-    share = batch_size // processes.size
-    mine = range(processes.rank * share, (processes.rank + 1) * share)                        # places in the batch
-    parts = [default_collate([held_out[0, place] for place in places]) for _, places in groupby(mine, held_out.part)]
-    parts = [smaller for part in parts for smaller in split(part, args.accumulate, device)]
+    size = batch_size // processes.size
+    mine = range(processes.rank * size, (processes.rank + 1) * size)  # this process's rows of every batch
+    quarters = [default_collate([held_out[0, row] for row in rows]) for _, rows in groupby(mine, held_out.quarter)]
+    pieces = [piece for quarter in quarters for piece in split(quarter, args.accumulate, device)]
 
     @torch.no_grad()
     def validate():
-        """Loss of the averaged weights on held-out pictures, a mean over pictures."""
+        """Loss of the averaged weights on one batch of held-out pictures, a mean over pictures."""
         average.module.eval()
         with autocast(device, args.dtype):
-            return processes.mean(sum(average.module(*part) * len(part[0]) for part in parts) / share).item()
+            loss = sum(average.module(*piece) * len(piece[0]) for piece in pieces) / size
+        return processes.gather(loss[None]).mean().item()
 
-    if args.compile and stage:
+    if args.compile and stage:  # compiling the convolutions of stage 0 gains nothing (docs/speed.md)
         torch._dynamo.config.optimize_ddp = False  # it would cut each block's small graph; blocks overlap enough
         compile_parts(model)
-    trained = model
+    wrapped = model
     if processes.size > 1:
         devices = [device.index] if device.type == "cuda" else None
-        trained = DistributedDataParallel(model, devices, broadcast_buffers=False)
+        wrapped = DistributedDataParallel(model, devices, broadcast_buffers=False)
     resuming = f"resuming {path} at step {start} of {steps}, " if start else ""
     processes.say(f"stage {stage}: {resuming}{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, "
                   f"{len(train.indices)} pictures, steps of {batch_size}, on {processes.size} x {device}")
-    keys = ([(step, place) for place in mine] for step in range(start, steps))
+    keys = ([(step, row) for row in mine] for step in range(start, steps))
     loader = DataLoader(train, batch_sampler=keys, num_workers=args.workers, pin_memory=device.type == "cuda",
                         worker_init_fn=leave_signals)
     log_every = max(1, min(100, steps // 20))
-    losses, earlier = [], log[-1][-1] if log else 0.0  # losses stay on the device until they are logged
+    losses, seconds_before = [], log[-1][-1] if log else 0.0  # losses stay on the device until they are logged
     began = last = time.time()
     with stop_signals() as received:
         for step, batch in zip(range(start, steps), loader):
-            losses.append(training_step(trained, average, optimizer, batch, step, settings, args, processes))
+            losses.append(training_step(wrapped, average, optimizer, batch, step, settings, args, processes))
             done = step + 1
             stop = agree_to_stop(received, done, processes)
             save_now = done % args.save_every == 0 or done == steps or stop
             if done % log_every == 0 or save_now:
-                history, validation = processes.mean(torch.stack(losses)).tolist(), validate()
-                bad = [done - len(history) + i for i, loss in enumerate(history) if not math.isfinite(loss)]
+                history, validation = processes.gather(torch.stack(losses)[None]).mean(0).tolist(), validate()
+                bad = [done + 1 - len(history) + i for i, loss in enumerate(history) if not math.isfinite(loss)]
                 if bad or not math.isfinite(validation):
-                    raise InputError(f"stage {stage}: the loss is not finite at step {bad[0] if bad else step}; is "
-                                     f"the rate too high? Try --lr {settings['lr'] / 3:.1e}. The last save is as it was")
-                now, rate = time.time(), optimizer.param_groups[0]["lr"]
+                    raise InputError(f"stage {stage}: the loss is not finite at step {(bad or [done])[0]}: try --stage "
+                                     f"{stage} --lr {settings['lr'] / 3:.1e}, a lower rate. Earlier saves are whole")
+                loss, rate, now = sum(history) / len(history), optimizer.param_groups[0]["lr"], time.time()
                 speed, eta = len(history) * batch_size / (now - last), (steps - done) * (now - began) / (done - start)
-                log.append([done, round(sum(history) / len(history), 5), round(validation, 5), float(f"{rate:.4g}"),
-                            round(speed, 1), round(earlier + now - began, 1)])
-                processes.say(f"stage {stage}  step {done}/{steps}  loss {log[-1][1]:.4f}  validation "
-                              f"{validation:.4f}  rate {rate:.2e}  {speed:.0f} images/s  ETA {clock(eta)}")
+                log.append([done, round(loss, 5), round(validation, 5), float(f"{rate:.4g}"), round(speed, 1),
+                            round(seconds_before + now - began, 1)])
+                processes.say(f"stage {stage}  step {done}/{steps}  loss {loss:.4f}  validation {validation:.4f}  rate "
+                              f"{rate:.2e}  {speed:.0f} images/s  ETA {timedelta(seconds=int(eta))}")
                 losses, last = [], now
             if save_now:
                 save(done)
@@ -297,11 +290,10 @@ def fit(stage, model, read, count, defaults, run, extra, args, processes):
                 raise SystemExit(128 + stop)
     return average.module
 
-
 @contextlib.contextmanager
 def stop_signals():
     """A list that receives SIGINT or SIGTERM, so that the loop can finish its step and save. `timeout` and job
-    schedulers send the first signal twice; one more after a second kills."""
+    schedulers send the first signal twice; a further one, more than a second later, kills."""
     received, times = [], []
 
     def receive(number, frame):
@@ -318,13 +310,13 @@ def stop_signals():
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
+    for number in received[:1]:  # it came after the loop's last look
+        signal.raise_signal(number)
 
 def leave_signals(worker):
     """For processes that read data: a signal to the whole group is for the main one, which saves and then ends them."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
 
 def agree_to_stop(received, step, processes):
     """The signal to stop on, or 0. Processes must stop after the same step, so they ask each other at every tenth."""
@@ -332,7 +324,6 @@ def agree_to_stop(received, step, processes):
         told = torch.tensor(received[:1] or [0], device=processes.device)
         received = [0] if step % 10 else processes.gather(told).tolist()
     return max(received, default=0)
-
 
 # Stage 0: tokenizers and token cache ---------------------------------------------------------------------------------
 
@@ -365,27 +356,25 @@ class Tokenizers(nn.Module):
         self.vq.quantize["embedding"].weight[dead] = z[chosen]
         self.unused[dead] = 0
 
-
 KL16_SCALE = 0.2325  # of KL-16 on ImageNet; MAR's weights expect latents multiplied by exactly this
-
 
 def stage0(args, preset, processes):
     """Make the tokenizers and the token cache, each unless it is there. Raises InputError."""
     path, folder = Path(args.out) / "tokenizers.pt", Path(args.out) / "tokens"
-    files = {name: full_name(getattr(args, name)) for name in ("data", "vq", "kl")}
-    run = dict(preset=args.preset, seed=args.seed, **files)
+    fixed = dict(preset=args.preset, seed=args.seed)
+    fixed |= {name: full_name(getattr(args, name)) for name in ("data", "vq", "kl")}
     if (folder / "meta.json").exists():
         meta = TokenCache(folder).meta
-        check_run(folder, meta["run"], run)
+        check_fixed(folder, meta["run"], fixed)
         if not args.stage:
             processes.say(f"stage 0: finished ({meta['count']} pictures encoded in {folder})")
         return
     if args.stage:
         processes.say(f"stage {args.stage} needs the token cache {folder}, which is not there: building it (stage 0)")
-    kinds, there = (("vq", VQTokenizer), ("kl", KLTokenizer)), path.exists()
+    there, kinds = path.exists(), (("vq", VQTokenizer), ("kl", KLTokenizer))
     if there:
         vq, kl, file = load_tokenizers(path)
-        run = check_run(path, file["run"], run)
+        fixed = check_fixed(path, file["run"], fixed)
     elif args.vq:
         vq, kl = (load_published(cls.from_published, getattr(args, name)) for name, cls in kinds)
     elif preset["vq"]:
@@ -393,28 +382,24 @@ def stage0(args, preset, processes):
         vq, kl = (cls(TokenizerConfig(**preset[name])) for name, cls in kinds)
     else:
         raise InputError(f"preset {args.preset} uses the published tokenizers: give both --vq FILE and --kl FILE")
-    if run["data"] is None:
+    if fixed["data"] is None:
         raise InputError(f"preset {args.preset} needs --data: a folder of class folders, an .npz, or shapes")
     if vq.config.factor != kl.config.factor:
         raise InputError(f"the grids of --vq and --kl differ: {vq.config.factor} and {kl.config.factor} pixels a place")
-    if processes.size > int(os.environ.get("LOCAL_WORLD_SIZE", 1)):
-        raise InputError("the token cache is made on one node, whose processes share files: run --stage 0 there first")
-    images = open_images(run["data"], preset["size"], args.seed)
+    images = open_images(fixed["data"], preset["size"], args.seed)
     processes.wait()  # all have looked before one of them writes
+    vq, kl = vq.to(processes.device).eval(), kl.to(processes.device).eval()
     if not there:
         if not args.vq:
             side = preset["size"] // kl.config.factor
             read = functools.partial(read_picture, images, (kl.config.z_channels, side, side))
-            trained = fit(0, Tokenizers(vq, kl), read, len(images), preset["train"][0], run, {}, args, processes)
-            vq, kl = trained.vq, trained.kl
-        vq, kl = vq.to(processes.device).eval(), kl.to(processes.device).eval()
+            trained = fit(0, Tokenizers(vq, kl), read, len(images), preset["train"][0], fixed, {}, args, processes)
+            vq, kl = trained.vq.eval(), trained.kl.eval()
         kl.scale = measure_scale(kl, images, args.seed)
         if args.kl and abs(kl.scale / KL16_SCALE - 1) < 0.05:
             kl.scale = KL16_SCALE  # KL-16 on something like ImageNet: keep what MAR's weights were trained on
-        file = save_tokenizers(path, vq, kl, preset["size"], run, processes)
-    encode_images(images, vq.to(processes.device), kl.to(processes.device), file["id"], folder, run, processes,
-                  args.workers)
-
+        file = save_tokenizers(path, vq, kl, preset["size"], fixed, processes)
+    encode_images(images, vq, kl, file["id"], folder, fixed, processes, args.workers)
 
 @torch.no_grad()
 def measure_scale(kl, images, seed=0):
@@ -429,7 +414,6 @@ def measure_scale(kl, images, seed=0):
         raise InputError("the KL tokenizer's latents are constant or not finite: train it longer, or check --kl")
     return scale
 
-
 # Stages 1 and 2: the generators --------------------------------------------------------------------------------------
 
 def train_generator(stage, args, preset, processes):
@@ -439,15 +423,15 @@ def train_generator(stage, args, preset, processes):
     meta = cache.meta
     if file["id"] != meta["tokenizers"]:
         raise InputError(f"{cache.folder}: was not made with {out}/tokenizers.pt; delete it and run train.py --stage 0")
-    run = dict(preset=args.preset, seed=args.seed, tokens=file["id"], init=full_name(args.init))
+    fixed = dict(preset=args.preset, seed=args.seed, tokens=file["id"], init=full_name(args.init))
     common = dict(num_classes=len(meta["classes"]), grid=tuple(meta["grid"]), codebook_size=meta["codebook_size"])
     torch.manual_seed(seed_of(args.seed, stage))
     if stage == 1:
         model = DiscreteGenerator(DiscreteConfig(**common, **preset["stage1"]))
         read = functools.partial(read_codes, cache)
     else:
-        run["fusion"] = args.fusion or preset["fusion"]
-        config = ContinuousConfig(**common, **preset["stage2"], channels=meta["channels"], fusion=run["fusion"])
+        fixed["fusion"] = args.fusion or preset["fusion"]
+        config = ContinuousConfig(**common, **preset["stage2"], channels=meta["channels"], fusion=fixed["fusion"])
         model = ContinuousGenerator(config)
         if config.fusion != "none":
             model.start_fusion(vq.codebook())
@@ -457,8 +441,7 @@ def train_generator(stage, args, preset, processes):
         processes.say(f"stage {stage}: starting from {args.init}")
     extra = dict(config=asdict(model.config), classes=meta["classes"], scale=meta["scale"], tokenizers=file["id"],
                  sample=preset["sample"])
-    fit(stage, model, read, len(cache.labels), preset["train"][stage], run, extra, args, processes)
-
+    fit(stage, model, read, len(cache.labels), preset["train"][stage], fixed, extra, args, processes)
 
 # The command ---------------------------------------------------------------------------------------------------------
 
@@ -489,7 +472,6 @@ def parse(argv):
         parser.error("--vq and --kl belong together: give both files")
     return parser, args
 
-
 def main(argv=None):
     parser, args = parse(argv)
     with user_errors(parser):
@@ -497,7 +479,7 @@ def main(argv=None):
         on_cuda = processes.device.type == "cuda"
         args.workers = (4 if on_cuda else 0) if args.workers is None else args.workers
         args.compile = on_cuda if args.compile is None else args.compile
-        torch.set_float32_matmul_precision("high")  # TF32 where bf16 is not used, but for tokens: see full_float32
+        torch.set_float32_matmul_precision("high")  # TF32 where there is no bf16; tokens have neither: full_float32
         Path(args.out).mkdir(parents=True, exist_ok=True)
         stage0(args, PRESETS[args.preset], processes)
         for stage in (1, 2):
@@ -507,12 +489,12 @@ def main(argv=None):
             processes.say(f"done: python sample.py --run {args.out}")
         processes.end()
 
-
 # The token cache: every picture encoded once, original and mirrored --------------------------------------------------
 
 class TokenCache:
-    """The encoded data set, memory-mapped: codes (2,N,n) uint16 and moments (2,N,n,2C) float16, original and mirrored;
-    labels (N,) int64; and `meta`, a dict. Raises InputError when it is unfinished or damaged."""
+    """The encoded data set, memory-mapped: codes (2,count,N) uint16 and moments (2,count,N,2C) float16 (mean,
+    log-variance), original and mirrored; labels (count,) int64; `meta`, a dict. Raises InputError when it is unfinished
+    or damaged."""
     def __init__(self, folder):
         self.folder = folder = Path(folder)
         with reading(folder, "the token cache is unfinished or damaged: delete it and run train.py --stage 0"):
@@ -523,41 +505,38 @@ class TokenCache:
     def __reduce__(self):
         return TokenCache, (self.folder,)  # a worker process opens the files itself instead of receiving their content
 
-
 @torch.no_grad()
-def encode_images(images, vq, kl, tokenizers_id, folder, run, processes, workers=0, batch_size=64):
+def encode_images(images, vq, kl, tokenizers_id, folder, fixed, processes, workers=0, batch_size=64):
     """Encode a data set and its mirror image into the token cache `folder`; meta.json is written last. The processes
-    take turns in batches; an interrupted encoding goes on where it was. Raises InputError when the folder cannot be
-    written."""
+    take turns in batches; an interrupted encoding goes on where it was. Raises InputError."""
     count, side, folder = len(images), images.size // vq.config.factor, Path(folder)
-    plan = dict(run=run, tokenizers=tokenizers_id, count=count, grid=[side, side], channels=kl.config.z_channels,
+    plan = dict(run=fixed, tokenizers=tokenizers_id, count=count, grid=[side, side], channels=kl.config.z_channels,
                 scale=kl.scale, codebook_size=vq.config.codebook_size, classes=images.classes)
     layout = {"codes": (np.uint16, (2, count, side * side)), "labels": (np.int64, (count,)),
               "moments": (np.float16, (2, count, side * side, 2 * kl.config.z_channels))}
     shared = SharedArrays(folder, plan, layout, count, batch_size, processes)
     loader = DataLoader(images, batch_sampler=[range(count)[rows] for _, rows in shared.todo], num_workers=workers)
-    for (_, rows), (pictures, labels) in zip(shared.work("encoding"), loader):
+    for (_, rows), (pictures, labels) in zip(shared.work("encoding"), loader):  # work first: it marks the last batch
         shared.arrays["labels"][rows] = labels.numpy()
         x = to_float(pictures.to(processes.device))                                           # (B,3,S,S)
-        for mirrored, x in enumerate((x, x.flip(3))):
-            shared.arrays["codes"][mirrored, rows] = vq.encode(x).flatten(1).cpu().numpy()
-            shared.arrays["moments"][mirrored, rows] = to_tokens(kl.encode(x)).float().cpu().numpy()
+        for side, view in enumerate((x, x.flip(3))):
+            shared.arrays["codes"][side, rows] = vq.encode(view).flatten(1).cpu().numpy()
+            shared.arrays["moments"][side, rows] = to_tokens(kl.encode(view)).float().cpu().numpy()
     processes.wait()
     if processes.rank == 0:
         with writing(folder / "meta.json") as temporary:
             temporary.write_text(json.dumps(plan, indent=1))
         for name in ("plan.json", "done.npy"):
-            (folder / name).unlink()
+            (folder / name).unlink(missing_ok=True)
     processes.wait()
 
-
 class SharedArrays:
-    """Arrays on disk that the processes of one node fill together, batch by batch, and that outlive an interruption.
-
+    """Arrays on disk that the processes of one node fill together, batch by batch, and that outlive an interruption:
     folder/NAME.npy as `layout` says, {name: (dtype, shape)}; done.npy, a flag per batch; plan.json, what they are made
-    from. With the same plan the work goes on where it was, with another it starts again. Raises InputError when the
-    disk has no room for all of it."""
+    from. With the same plan the work goes on, with another it starts again. Raises InputError if the disk is full."""
     def __init__(self, folder, plan, layout, count, batch_size, processes):
+        if processes.size > int(os.environ.get("LOCAL_WORLD_SIZE", 1)):
+            raise InputError(f"{folder} is made on one node, whose processes share files: run this command there")
         self.count, self.batch_size, self.processes = count, batch_size, processes
         begun, plan = Path(folder) / "plan.json", json.dumps(plan, indent=1)
         layout = layout | {"done": (np.bool_, (math.ceil(count / batch_size),))}
@@ -565,10 +544,10 @@ class SharedArrays:
             for name, (dtype, shape) in layout.items():
                 with writing(begun.with_name(f"{name}.npy")) as temporary:
                     begun.unlink(missing_ok=True)  # from here on, what was begun counts no more
-                    size = np.lib.format.open_memmap(temporary, "w+", dtype, shape).nbytes
+                    np.lib.format.open_memmap(temporary, "w+", dtype, shape)
                     if hasattr(os, "posix_fallocate"):  # Linux; a full disk under a memory map would kill the process
                         with open(temporary, "rb+") as file:
-                            os.posix_fallocate(file.fileno(), 0, size)
+                            os.posix_fallocate(file.fileno(), 0, os.path.getsize(temporary))
             with writing(begun) as temporary:
                 temporary.write_text(plan)
         processes.wait()
@@ -597,15 +576,14 @@ class SharedArrays:
                 written, said = [], time.time()
                 done, speed = min(self.finished + made, self.count), made / (said - began)
                 self.processes.say(f"{what}  {done}/{self.count} pictures  {speed:.1f} images/s  "
-                                   f"ETA {clock((self.count - done) / speed)}")
-
+                                   f"ETA {timedelta(seconds=int((self.count - done) / speed))}")
 
 # Files: tokenizers and checkpoints -----------------------------------------------------------------------------------
 
 @contextlib.contextmanager
 def writing(path):
-    """Gives a temporary name to write to, with the same suffix, and then renames it: a reader sees the old file or the
-    new one, never half of one. Raises InputError, with the old file untouched, when that fails."""
+    """Gives a temporary name to write to, and then renames it: a reader sees the old file or the new one, never half of
+    one. Raises InputError, with the old file untouched, when that fails."""
     path = Path(path)
     temporary = path.with_name(f"{path.stem}.tmp{path.suffix}")
     try:
@@ -620,14 +598,12 @@ def writing(path):
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
 
-
 def read_checkpoint(path):
-    """The dict in a torch file, on the CPU, without running any code from it (an argparse Namespace, which training
-    scripts like to store, is the one harmless exception). Raises InputError."""
+    """The dict in a torch file, on the CPU, without running code from it. (An argparse Namespace, which training
+    scripts like to store, is harmless.) Raises InputError."""
     with reading(path, "not a readable checkpoint: missing, truncated or of another kind"):
         with torch.serialization.safe_globals([argparse.Namespace]):
             return dict(torch.load(path, map_location="cpu", weights_only=True))
-
 
 def load_published(build, path, content=None, raw=False):
     """`build(state)` on the state dict in a published checkpoint file, or in its `content` if that is read already.
@@ -647,12 +623,10 @@ def load_published(build, path, content=None, raw=False):
             raise ValueError(f"no state dict under {', '.join(order)} or at the top level")
         return build(state)
 
-
-def save_tokenizers(path, vq, kl, size, run, processes):
-    """Both tokenizers in one file, for pictures of `size` pixels; `run`: what they were made from. Its `id` is a
-    checksum of the weights; tokens and generators note it, so that it says what belongs together. Returns the file's
-    dict."""
-    file = dict(id="", size=size, run=run, scale=kl.scale, vq_config=asdict(vq.config), vq=vq.state_dict(),
+def save_tokenizers(path, vq, kl, size, fixed, processes):
+    """Both tokenizers in one file, for pictures of `size` pixels; `fixed`: what they were made from. Its `id`, a hash
+    of the weights, is noted by tokens and generators, and so says what belongs together. Returns the file's dict."""
+    file = dict(id="", size=size, run=fixed, scale=kl.scale, vq_config=asdict(vq.config), vq=vq.state_dict(),
                 kl_config=asdict(kl.config), kl=kl.state_dict())
     weights = [value.cpu().numpy().tobytes() for value in [*file["vq"].values(), *file["kl"].values()]]
     file["id"] = hashlib.blake2b(b"".join(weights), digest_size=8).hexdigest()
@@ -661,7 +635,6 @@ def save_tokenizers(path, vq, kl, size, run, processes):
             torch.save(file, temporary)
     processes.wait()
     return file
-
 
 def load_tokenizers(path):
     """(VQTokenizer, KLTokenizer, the file's dict) as saved, in eval mode. Raises InputError."""
@@ -673,23 +646,18 @@ def load_tokenizers(path):
         kl.scale = float(file["scale"])
         return vq.eval(), kl.eval(), file
 
-
-def check_run(path, before, run):
-    """What changes the meaning of a run must be as it was when `path` was made; what this command does not give (None)
-    is taken from there. Returns the whole run. Raises InputError naming the difference."""
-    if not isinstance(before, dict):
-        raise InputError(f"{path}: not made by this project; move it away or choose another --out")
-    for name, value in run.items():
+def check_fixed(path, before, fixed):
+    """What must stay the same from command to command must be as it was when `path` was made; flags without a default
+    that are not given (None) are taken from there. Returns all of it. Raises InputError naming the difference."""
+    for name, value in fixed.items():
         if value is not None and before.get(name) != value:
-            raise InputError(f"{path}: was made with {name} {before.get(name)}, this command has {name} {value}; "
-                             "use the same, or choose another --out")
+            raise InputError(f"{path}: was made with {name} {before.get(name)}, this command has {name} {value}: use "
+                             "the same, or another --out")
     return before
-
 
 def full_name(path):
     """How a run remembers a file or data set: by its full path (None: not given)."""
     return path if path in (None, "shapes") else str(Path(path).resolve())
-
 
 # Processes, devices and errors ---------------------------------------------------------------------------------------
 
@@ -723,10 +691,6 @@ class Processes:
         if self.size > 1:
             dist.destroy_process_group()
 
-    def mean(self, value):
-        """The mean of a tensor over processes."""
-        return self.gather(value.detach()[None]).mean(0)
-
     def gather(self, x):
         """Concatenate the processes' equally shaped slices in rank order, which is the order of the whole batch."""
         if self.size == 1:
@@ -735,22 +699,18 @@ class Processes:
         dist.all_gather(parts, x.contiguous())
         return torch.cat(parts)
 
-
 def autocast(device, dtype):
-    """bf16 matrix products for `--dtype bf16`, and for `auto` on GPUs that have them. Never fp16, the source of
-    NaNs."""
+    """bf16 matrix products for `--dtype bf16`, and for `auto` on GPUs that have them. (Never fp16: it makes NaNs.)"""
     has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16" or (dtype == "auto" and has_bf16))
 
-
 def number(kind, low, high=1e38):
     """argparse type: an int or float (`kind`) from `low` to `high`."""
-    def number(text):
+    def number(text):  # argparse puts this name into its message
         if low <= (value := kind(text)) <= high:
             return value
         raise argparse.ArgumentTypeError(f"must lie between {low} and {high:g}, not {text}")
     return number
-
 
 def add_device_flags(add):
     """The flags that train.py and sample.py share."""
@@ -759,16 +719,13 @@ def add_device_flags(add):
     add("--dtype", choices=("auto", "bf16", "float32"), default="auto", help="of matrix products (auto: bf16 on CUDA)")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile what repeats (default on CUDA)")
 
-
 @contextlib.contextmanager
 def user_errors(parser):
     """What a user can cause ends in one line and exit status 2; everything else is a bug and keeps its traceback."""
     try:
         yield
-    except InputError as error:
+    except (InputError, OSError) as error:
         parser.error(" ".join(str(error).split("tokenizers.InputError: ")[-1].split()))  # data workers add a traceback
-    except OSError as error:
-        parser.error(f"{error.filename or 'a file'}: {error.strerror or error}")
     except torch.OutOfMemoryError:
         parser.error("the device's memory is full: use a smaller --batch-size (in training also --accumulate)")
     except KeyboardInterrupt:
@@ -777,12 +734,6 @@ def user_errors(parser):
         if not (dist.is_initialized() and "peer" in str(error)):
             raise
         parser.error("another process of this command has stopped; the reason stands above, or in its own output")
-
-
-def clock(seconds):
-    hours, seconds = divmod(int(seconds), 3600)
-    return (f"{hours}:" if hours else "") + f"{seconds // 60:02d}:{seconds % 60:02d}"
-
 
 if __name__ == "__main__":
     main()

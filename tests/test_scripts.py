@@ -67,7 +67,7 @@ def test_a_run_holds_what_it_should(finished):
     assert cache.codes.shape == (2, 120, 16) and cache.moments.shape == (2, 120, 16, 8)
     assert cache.meta["classes"] == [str(i) for i in range(10)] and cache.labels.tolist() == [i % 10 for i in range(120)]
     rows = [line.split(",") for line in (finished / "stage1.csv").read_text().split()]
-    assert rows[0] == train.LOG_COLUMNS and [int(row[0]) for row in rows[1:]] == list(range(1, 31))
+    assert rows[0][:3] == ["step", "loss", "validation"] and [int(row[0]) for row in rows[1:]] == list(range(1, 31))
 
 
 def test_scale_brings_latents_to_unit_variance(finished):
@@ -123,6 +123,16 @@ def test_signals_save_and_say_how_to_go_on(finished, arguments, number, monkeypa
     assert f"resuming {arguments[5]}/stage1.pt at step {stopped} of 30" in capsys.readouterr().out
     for name in ("stage1.pt", "stage2.pt"):
         assert same(load(Path(arguments[5]) / name)["ema"], load(finished / name)["ema"])
+
+
+def test_a_signal_during_the_last_save_of_a_stage_stops_too(arguments, monkeypatch, capsys):
+    """What was saved is whole, and the next stage does not begin."""
+    writer = train.csv.writer
+    monkeypatch.setattr(train.csv, "writer", lambda file: os.kill(os.getpid(), signal.SIGINT) or writer(file))
+    with pytest.raises(SystemExit) as stop:
+        train.main([*arguments[:-4], "--steps", "2"])
+    assert stop.value.code == 130 and "stage 0  step 2/2" in capsys.readouterr().out
+    assert load(Path(arguments[5]) / "stage0.pt")["step"] == 2 and not (Path(arguments[5]) / "tokenizers.pt").exists()
 
 
 def test_a_signal_to_the_whole_group_saves_too(run, data):
@@ -255,7 +265,7 @@ def test_the_share_of_hidden_places_is_the_configs():
     """A normal around 1, cut to [smallest, 1]: against draws of torch's own."""
     for deviation, smallest in ((0.25, 0.7), (1.0, 0.1)):  # MAR's, the demo's
         config = d2c.ContinuousConfig(hidden_share=(deviation, smallest))
-        ours = [train.hidden_places(16, config, (i + 0.5) / 2000) for i in range(2000)]
+        ours = [train.count_hidden(16, config, (i + 0.5) / 2000) for i in range(2000)]
         drawn = torch.nn.init.trunc_normal_(torch.empty(20000), 1.0, deviation, smallest, 1.0, torch.Generator().manual_seed(0))
         assert set(ours) == set(range(math.ceil(16 * smallest), 17))
         expected = (16 * drawn).ceil().int().bincount(minlength=17) / 20000
@@ -269,6 +279,8 @@ def test_validation_hides_the_same_shares_for_every_seed(finished):
     counts = {tuple(len(train.Pictures(read, np.arange(100), 8, 2, seed, held_out=True)[0, place][2]) for place in range(8))
               for seed in range(4)}
     assert len(counts) == 1 and len(set(counts.pop())) == 4
+    pictures = train.Pictures(read, np.arange(100), 8, 2, 0, held_out=True)
+    assert all(torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for a, b in zip(pictures[0, 3], pictures[9, 3]))  # at every step
 
 
 def test_weight_decay_spares_vectors_and_the_diffusion_head():
@@ -439,7 +451,7 @@ def test_progress_counts_pictures_not_batches(finished, tmp_path, monkeypatch, c
     monkeypatch.setattr(train.time, "time", iter(range(100)).__next__)
     sample.main(["--run", str(finished), "--num", "3", "--out", str(tmp_path / "a.npz")])
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("sampled"))
-    assert "3/3 pictures" in line and line.endswith("ETA 00:00")
+    assert "3/3 pictures" in line and line.endswith("ETA 0:00:00")
     assert float(line.split("images/s")[0].split()[-1]) <= 3  # the clock ticks at least once
 
 
@@ -709,7 +721,7 @@ class Bomb:
 def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(run, capsys):
     """And what is saved before the first bad step is finite, even when every step is saved."""
     before, command = (run / "stage1.pt").read_bytes(), ["--preset", "tiny", "--out", run, "--stage", "1", "--steps", "40"]
-    refused(train.main, [*command, "--lr", "1e30"], capsys, "not finite at step 3", "rate", "--lr", "as it was")
+    refused(train.main, [*command, "--lr", "1e30"], capsys, "not finite at step 3", "rate", "--lr", "Earlier saves are whole")
     assert (run / "stage1.pt").read_bytes() == before
     refused(train.main, [*command, "--lr", "1e30", "--save-every", "1"], capsys, "not finite at step 3")
     file = load(run / "stage1.pt")
