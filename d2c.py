@@ -231,17 +231,17 @@ def count(state, prefix):
 
 # Diffusion of one latent (Ho et al. 2020, arXiv 2006.11239; Nichol & Dhariwal 2021, arXiv 2102.09672) ----------------
 #
-# Drown a latent x_0 in noise, little by little, over 1000 levels t, from 0 (hardly any) to 999 (nothing but noise):
+# Drown a latent x0 in noise over 1000 levels t: 0 (hardly any; x0 itself, clean, is x_(-1)) to 999 (nothing but noise):
 #
 #     x_t = sqrt(1 - beta_t) x_(t-1) + sqrt(beta_t) noise_t      one step of the forward process; all t of them at once:
-#     x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) eps, eps ~ N(0, 1)     a_t = prod_(s <= t) (1 - beta_s) falls from 1 to 0
+#     x_t = sqrt(a_t) x0 + sqrt(1 - a_t) eps,  eps ~ N(0, 1)     a_t = prod_(s <= t) (1 - beta_s) falls from 1 to 0
 #
-# A network sees x_t, t and the condition z, and predicts eps. That tells x_0 too: (x_t - sqrt(1 - a_t) eps) /
-# sqrt(a_t). But eps has the same size at every level, so one squared error suits all levels. To sample, start from
-# noise and go back level by level. One reverse step: the predicted eps gives an estimate of x_0. Were it exact, x_(t-1)
-# would be Gaussian, by Bayes' rule on the two lines above: its mean a weighted sum of x_0 and x_t, its variance the
-# "posterior" one. Were nothing known of x_0, the variance would be beta_t. The truth lies between, and the network
-# predicts where; the second term of the loss trains that. Draw x_(t-1); the next estimate of x_0 is a little sharper.
+# A network sees x_t, t and the condition z, and predicts eps. That tells x0 too: (x_t - sqrt(1 - a_t) eps) / sqrt(a_t).
+# But eps has the same size at every level, so one squared error suits all levels. To sample, start from noise and go
+# back level by level. One reverse step: the predicted eps gives an estimate of x0. Were it exact, x_(t-1) would be
+# Gaussian, by Bayes' rule on the two lines above: its mean a weighted sum of x0 and x_t, its variance the "posterior"
+# one. If x0 were only known to be N(0, 1), the variance would be beta_t. The truth lies between, and the network
+# predicts where; the second term of the loss trains that. Draw x_(t-1); the next estimate of x0 is a little sharper.
 #
 # Sampling need not visit all levels. Respacing keeps some, say 100, and computes the tables of this shorter chain. A
 # table *index* counts the kept levels (0 .. 99). The *timestep* of an index is its level among the 1000; the network is
@@ -252,13 +252,13 @@ def diffusion_schedule(steps=1000):
 
     beta_s = 1 - f(s + 1) / f(s), at most 0.999, where f(s) = cos^2(pi/2 (s/1000 + 0.008) / 1.008). Kept are the
     timesteps round(i 999 / (steps - 1)). In the chain of these, beta_i = 1 - a_i / a_(i-1) with a_(-1) = 1, and x_(i-1)
-    given x_i and x_0 is N(x0_weight x_0 + xt_weight x_i, exp(log_posterior)): x0_weight = beta_i sqrt(a_(i-1)) / (1 -
+    given x_i and x0 is N(x0_weight x0 + xt_weight x_i, exp(log_posterior)): x0_weight = beta_i sqrt(a_(i-1)) / (1 -
     a_i), xt_weight = sqrt(1 - beta_i) (1 - a_(i-1)) / (1 - a_i), posterior variance = beta_i (1 - a_(i-1)) / (1 - a_i).
     (That is zero at index 0: there log_posterior repeats index 1's.)
 
     Names: timesteps (integers); signal sqrt(a), noise sqrt(1 - a); recip_signal sqrt(1/a), recip_noise sqrt(1/a - 1),
-    so that x_0 = recip_signal x - recip_noise eps; x0_weight, xt_weight; log_posterior and log_beta, the logs of the
-    variance of a step if x_0 is known exactly, and if nothing is known of it. Raises ValueError for steps outside
+    so that x0 = recip_signal x - recip_noise eps; x0_weight, xt_weight; log_posterior and log_beta, the logs of the
+    variance of a step if x0 is known exactly, and if only x0 ~ N(0, 1) is known. Raises ValueError for steps outside
     2..1000."""
     if not 2 <= steps <= 1000:
         raise ValueError(f"diffusion steps must lie in 2..1000, not {steps}")
@@ -359,7 +359,7 @@ def diffusion_loss(denoiser, x0, t, noise, c):
     tables, index = schedule_tables(1000, x0.device, x0.dtype), t[:, None]                    # (M,1)
     x = tables["signal"][index] * x0 + tables["noise"][index] * noise                         # (M,C)
     predicted, fraction = denoiser(x, t, c).to(x0.dtype).chunk(2, dim=-1)                     # (M,C) each
-    # Two Gaussians of x_(t-1): the true q(x_(t-1) | x_t, x_0), and the model's p(x_(t-1) | x_t).
+    # Two Gaussians of x_(t-1): the true q(x_(t-1) | x_t, x0), and the model's p(x_(t-1) | x_t).
     mean_q, log_variance_q = posterior_step(x, noise, torch.full_like(noise, -1), tables, index)
     mean_p, log_variance_p = posterior_step(x, predicted.detach(), fraction, tables, index)
     kl = 0.5 * (log_variance_p - log_variance_q - 1 + (log_variance_q - log_variance_p).exp()
@@ -396,7 +396,7 @@ def diffusion_sample(denoiser, c, noise, temperature=1.0, cfg_scale=1.0, steps=1
     denoiser(x (M,C), t (1,), c) -> (M,2C), a Denoiser for instance, with its condition c (M,*). noise: an iterable of
     (M,C) draws, first the start, then one per step (the last is drawn and not used, as in MAR). With guidance c is
     [cond; uncond] of 2M rows, eps = uncond + cfg_scale (cond - uncond), the variance is that of the conditional half,
-    and draws may have 2M rows, of which the first M count. temperature scales the noise of the steps, not the start.
+    and the steps' draws may have 2M rows, of which the first M count. temperature scales these draws, not the start.
     clip bounds the estimate of x0, in which the first step multiplies errors of eps by 20,000 (1/sqrt(a_999)): a
     network of few training steps would throw x far off. step: denoising_step, maybe compiled."""
     noise = iter(noise)
@@ -666,7 +666,7 @@ def compile_parts(model, **options):
     else:
         model.denoising_step = torch.compile(denoising_step, **options)
 
-# Presets: sizes and settings of a run in one place -------------------------------------------------------------------
+# Presets: sizes and settings of a run; grid, channels, codebook and classes come from tokenizers and data ------------
 
 def training(steps, batch_size, lr, warmup, ema, weight_decay=0.0, decay="cosine", grad_clip=1.0):
     """Settings of one stage's training; the learning rate is tuned for `batch_size`."""

@@ -1,6 +1,6 @@
 """Are the samples as good, and as varied, as real images?  FID, sFID, Inception Score, precision and recall.
 
-    python fid.py samples.npz --ref VIRTUAL_imagenet256_labeled.npz   # ADM's reference file: the numbers of the papers
+    python fid.py samples.npz --ref VIRTUAL_imagenet256_labeled.npz   # ADM's file, as papers use it
     python fid.py my_samples --ref real.npz:images --bootstrap 20     # any two sets, folder or .npz; standard errors
     python fid.py real.npz:images --make-stats real-stats.npz         # measure a reference once, for later --ref
 
@@ -10,18 +10,18 @@ Pixels say little about what is in an image, so a network trained to classify Im
                                                      -> spatial (2023)  where it is: 7 channels of a 17x17 map
                                                      -> logits  (1008)  its class: the 1000 of ImageNet, and 8 unused
 
-Two sets of images make two clouds of such points.  Four numbers compare the clouds, the fifth looks at samples alone:
+Two sets of images make two clouds of such points. Four numbers compare the clouds, the fifth looks at samples alone:
 
-    FID        |mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) of `pool`: the distance of two Gaussians    [Heusel 2017]
-    sFID       the same of `spatial`, which sees the layout                                                [Nash 2021]
+    FID        |mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) of `pool`, whose mean is mu, covariance S   [Heusel 2017]
+    sFID       the same of `spatial`, which sees the layout; both are distances: small is good             [Nash 2021]
     precision  share of samples that lie among the real images: quality                            [Kynkaanniemi 2019]
     recall     share of real images that lie among the samples: variety
-    IS         exp(mean KL(p(class | image) || p(class))): sure of each image, varied over all         [Salimans 2016]
+    IS         exp(mean KL(p(class | image) || mean p)): each image clear, all of them varied          [Salimans 2016]
 
 Two FIDs compare only if all of these agree: the network (TensorFlow's of 2015-12-05; torchvision's is another), the
 resize (`tf1` as in ADM, `half_pixel` as in pytorch-fid), the reference (for ImageNet ADM's training-set statistics),
-the count (50,000 samples, 50 per class), and lossless files (JPEG changes pixels).  All definitions are those of ADM's
-evaluator [Dhariwal & Nichol 2021, arXiv 2105.05233], whose half precision may move precision and recall by 0.01.
+the count (50,000 samples, 50 per class), and lossless files (JPEG changes pixels). All definitions are those of ADM's
+evaluator [Dhariwal & Nichol 2021, arXiv 2105.05233], whose float16 may move precision and recall by 0.01.
 This file imports none of its neighbours: copy it to where you need it.
 """
 import argparse
@@ -53,11 +53,11 @@ def statistics(x):
     return mu.numpy(), sigma.numpy()
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
-    """|mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), a float, for mu (D,) and sigma (D,D), float64 arrays.
-    It keeps its digits where a covariance is singular, as it is with fewer images than dimensions."""
-    # Write S = F F^T.  Then S1 S2 has the eigenvalues of M M^T with M = F1^T F2, so the trace of its root is the
-    # sum of the singular values of M.  These are real, never negative, and accurate for singular S too.  A square
-    # root of S1 S2 itself (scipy's sqrtm) promises none of this, for S1 S2 is not symmetric.
+    """|mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)), a float, of float64 arrays (D,) and (D,D). It
+    keeps its digits where a covariance is singular, as it is with fewer images than dimensions."""
+    # Say S for sigma, and S = F F^T. S1 S2 = F1 F1^T F2 F2^T has the same eigenvalues, but for zeros, as M M^T with
+    # M = F1^T F2. So the trace of its root is the sum of the singular values of M: real, never negative, accurate for
+    # singular S too. A square root of S1 S2 itself (scipy's sqrtm) promises none of this: S1 S2 is not symmetric.
     def factor(sigma):  # pivoted Cholesky stops where only rounding is left: (D,D) of rank r -> (D,r)
         lower, pivots, rank, _ = dpstrf(sigma, lower=1)
         return np.tril(lower)[np.argsort(pivots), :rank]  # rows back from the order of the pivots
@@ -67,23 +67,23 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 
 def precision_recall(reference, samples, k=3, block=1000):
     """Features (N,D) and (M,D) -> (share of samples inside the reference, share of the reference inside the samples).
-    Each point of a set has a ball that reaches to its k-th nearest neighbour, itself not counted.  A point is inside a
-    set if it is in any of the balls, rim included.  Only `block` rows of distances are held: all may be 10 GB."""
+    Around each point of a set lies a ball out to its k-th nearest other point of that set. A point is inside a set if
+    any of the set's balls holds it, rim included. Only `block` rows of distances are held: all may be 10 GB."""
     def radii(points):  # k + 1, since a point is its own nearest
         return torch.cat([torch.cdist(rows, points).topk(k + 1, largest=False).values[:, -1]
                           for rows in points.split(block)])  # (len(points),)
 
     reference_radii, sample_radii = radii(reference), radii(samples)
-    good, covered = 0, torch.zeros_like(reference_radii, dtype=torch.bool)
-    for rows, reach in zip(samples.split(block), sample_radii.split(block)):
+    good, covered = 0, torch.zeros_like(reference_radii, dtype=torch.bool)  # a mask: two blocks may cover one image
+    for rows, radii_of_rows in zip(samples.split(block), sample_radii.split(block)):
         distances = torch.cdist(rows, reference)  # (block,N)
         good += (distances <= reference_radii).any(dim=1).sum().item()
-        covered |= (distances <= reach[:, None]).any(dim=0)
+        covered |= (distances <= radii_of_rows[:, None]).any(dim=0)
     return good / len(samples), covered.sum().item() / len(reference)
 
 def inception_score(probs, split_size=5000):
-    """Class probabilities (N,C) -> exp(mean KL(p || mean p)) of each split, averaged; 0 log 0 counts as 0.  Splits are
-    consecutive rows, as in ADM, and the last may be short.  One with few classes scores low: shuffle the images."""
+    """Class probabilities (N,C) -> exp(mean over p of KL(p || mean of the p)) in each split, then the plain average of
+    the splits: consecutive rows, the last maybe short, as in ADM. 0 log 0 is 0. The caller shuffles, if need be."""
     probs = np.asarray(probs, dtype=np.float64)
     splits = [probs[i : i + split_size] for i in range(0, len(probs), split_size)]
     return float(np.mean([np.exp(rel_entr(p, p.mean(axis=0)).sum(axis=1).mean()) for p in splits]))
@@ -96,35 +96,35 @@ halve = nn.MaxPool2d(3, stride=2)  # (B,C,H,W) -> (B,C,(H-1)//2,(W-1)//2)
 
 def conv(channels_in, channels_out, kernel, stride=1, padding=None):
     """Convolution, batch norm, ReLU."""
-    padding = padding or ("same" if stride == 1 else "valid")
+    padding = padding or ("same" if stride == 1 else "valid")  # TensorFlow's graph, but for two layers
     return nn.Sequential(OrderedDict(
         conv=nn.Conv2d(channels_in, channels_out, kernel, stride, padding, bias=False),
         bn=nn.BatchNorm2d(channels_out, eps=1e-3), relu=nn.ReLU(inplace=True)))
 
 class Mixed(nn.Module):
-    """Rows of convolutions side by side on one input, outputs concatenated; the last, branch_pool, starts from a pool.
-    A row is a list of (channels, kernel[, stride]).  Its layers are stored as ROW_1, ROW_2, ..., a lone one as ROW.  A
-    list of two kernels makes two layers with the same input; they end the row, and are stored as ROW_Na and ROW_Nb."""
-    def __init__(self, width, pool, pool_width=None, **rows):
+    """Branches on one input, outputs concatenated. A branch is a chain of layers (channels, kernel[, stride]), stored
+    as NAME_1, NAME_2, ..., a lone one as NAME. The last, branch_pool, starts from a pool; its 1x1 is optional. Kernel
+    (1, 7) is one layer. A list of two kernels is two layers on one input, NAME_Na and NAME_Nb, and ends the branch."""
+    def __init__(self, channels_in, pool, pool_width=None, **branches):
         super().__init__()
-        self.pool, self.rows = pool, []
-        rows["branch_pool"] = [(pool_width, 1)] if pool_width else []
-        for row, layers in rows.items():
-            channels, names = width, []
+        self.pool, self.branches = pool, []  # a branch: its layers in order; a layer: its name, or the names of a pair
+        branches["branch_pool"] = [(pool_width, 1)] if pool_width else []
+        for branch, layers in branches.items():
+            channels, chain = channels_in, []
             for i, (channels_out, kernel, *stride) in enumerate(layers, start=1):
-                name = row if len(layers) == 1 else f"{row}_{i}"
+                name = branch if len(layers) == 1 else f"{branch}_{i}"
                 pair = {f"{name}a": kernel[0], f"{name}b": kernel[1]} if isinstance(kernel, list) else {name: kernel}
                 for key, size in pair.items():
                     self.add_module(key, conv(channels, channels_out, size, *stride))
-                names.append(list(pair))
+                chain.append(list(pair))
                 channels = channels_out
-            self.rows.append(names)
+            self.branches.append(chain)
 
     def forward(self, x):
         outputs = []
-        for row in self.rows:
-            ends = [self.pool(x) if row is self.rows[-1] else x]
-            for names in row:
+        for chain in self.branches:
+            ends = [self.pool(x) if chain is self.branches[-1] else x]
+            for names in chain:
                 ends = [self.get_submodule(name)(ends[0]) for name in names]
             outputs += ends
         return torch.cat(outputs, dim=1)
@@ -143,7 +143,7 @@ def mixed8(width, pool):  # for maps of 8x8
 
 class InceptionV3(nn.Module):
     """(B,3,299,299) in [-1,1] -> pool (B,2048), spatial (B,2023), logits (B,1008): without the bias, as ADM takes them,
-    or None without `classifier`.  A measuring instrument: in eval mode and without gradients from the start."""
+    or None without `classifier`. A measuring instrument: in eval mode and without gradients from the start."""
     def __init__(self, classifier=True):
         super().__init__()
         self.Conv2d_1a_3x3 = conv(3, 32, 3, stride=2)
@@ -183,11 +183,11 @@ def inception_from_state(state):
     """The network with the weights of a flat state dict, on their device; num_batches_tracked and fc may be absent."""
     with torch.device(next(iter(state.values())).device):
         model = InceptionV3(classifier="fc.weight" in state)
-        model.load_state_dict(dict(state))  # dict() drops the version note, and torch fills in num_batches_tracked
+        model.load_state_dict(dict(state))  # dict() drops the version; for old ones torch adds num_batches_tracked
     return model
 
 def fold_batch_norms(model):
-    """In eval mode a batch norm is a scale and a shift: let the convolution before it do both."""
+    """Faster: in eval mode a batch norm is a scale and a shift, and the convolution before it can do both."""
     for layer in model.modules():
         if isinstance(layer, nn.Sequential):
             layer.conv, layer.bn = nn.utils.fuse_conv_bn_eval(layer.conv, layer.bn), nn.Identity()
@@ -197,24 +197,24 @@ def fold_batch_norms(model):
 
 def tf1_resize(x):
     """Bilinear (B,3,H,W) -> (B,3,299,299) as in TensorFlow 1: output i reads from i * in/out, so the picture shifts by
-    half a pixel, and shrinking skips pixels.  A flaw, but every published ADM number contains it."""
+    half a pixel, and shrinking skips pixels. A flaw, but every published ADM number contains it."""
     for dim, shape in ((3, (1, -1)), (2, (-1, 1))):  # along columns, then rows: the other order differs in the last bit
         size = x.shape[dim]
         source = torch.arange(299, device=x.device) * torch.tensor(size / 299)  # (299,), in float32 as in the graph
         lower = source.long()
         upper = (lower + 1).clamp(max=size - 1)
-        low, high = x.index_select(dim, lower), x.index_select(dim, upper)  # `dim` becomes 299
-        x = low + (high - low) * (source - lower).view(shape)
+        left, right = x.index_select(dim, lower), x.index_select(dim, upper)  # `dim` becomes 299
+        x = left + (right - left) * (source - lower).view(shape)
     return x
 
 def preprocess(images, resize="tf1"):
     """uint8 (B,H,W,3) -> float32 (B,3,299,299) in [-1,1]; `resize` is "tf1" (ADM) or "half_pixel" (pytorch-fid)."""
     x = images.permute(0, 3, 1, 2).contiguous().float()  # (B,3,H,W)
     if resize == "tf1":
-        return (tf1_resize(x) - 128) / 128
+        return (tf1_resize(x) - 128) / 128  # 128, not 127.5: as in TensorFlow's graph
     return 2 * F.interpolate(x / 255, size=(299, 299), mode="bilinear", align_corners=False) - 1
 
-@torch.backends.cudnn.flags(enabled=True, allow_tf32=False)  # TF32 is on by default in convolutions: 10 bits, not 23
+@torch.backends.cudnn.flags(enabled=True, allow_tf32=False)  # TF32 is on by default in convolutions: 10 bits of 23
 def features(model, images, batch_size=50, resize="tf1", device="cpu"):
     """uint8 images (N,H,W,3) -> pool (N,2048), spatial (N,2023), logits (N,1008) or None; float32, on the CPU.
     `images` is whatever has a length and gives arrays or tensors for slices; `model` lives on `device`."""
@@ -263,7 +263,7 @@ def load_inception(path=None, device="cpu"):
     return fold_batch_norms(model).to(device, memory_format=torch.channels_last)
 
 class Folder:
-    """All PNG, JPEG and WebP images below a folder.  The headers of all are checked before the first is decoded."""
+    """All PNG, JPEG and WebP images below a folder. The headers of all are checked before the first is decoded."""
     def __init__(self, path):
         self.paths = sorted(p for p in Path(path).rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
         np.random.default_rng(0).shuffle(self.paths)  # else a split of the Inception Score would hold few classes
@@ -307,7 +307,7 @@ class Archive:
             data = bytearray(self.file.read((end - begin) * size))  # torch wants writable memory
             return np.frombuffer(data, np.uint8).reshape(end - begin, *self.shape[1:])  # (n,H,W,3)
 
-@dataclass(eq=False)
+@dataclass(eq=False)  # `side in looked` asks for this very set; arrays cannot be compared with a plain ==
 class ImageSet:
     """The samples or the reference: what the file holds, and later what the network finds in the images.
     FID and sFID prefer saved statistics: ADM's reference has those of all training images, but only 10,000 images."""
@@ -359,10 +359,10 @@ def compare(samples, reference, metrics, device):
     return {metric: scores[metric] for metric in metrics}
 
 def standard_errors(samples, reference, metrics, device, count):
-    """{metric: its spread over `count` random halves of each set}, an estimate of its standard error."""
+    """{metric: estimated standard error}: the spread over `count` random halves. Saved statistics stay whole."""
     generator, runs = torch.Generator().manual_seed(0), []
 
-    def half(side):  # drawn without replacement: a mean then varies as that of a whole set, and no point meets its copy
+    def half(side):  # without replacement: no twins, and a mean of half of these rows varies as one of N fresh rows
         total = len(side.features.get("pool", ()))
         rows = torch.randperm(total, generator=generator)[: total // 2].sort().values  # in order, for the splits of IS
         return replace(side, features={name: x[rows] for name, x in side.features.items()})
@@ -382,7 +382,7 @@ def caveats(samples, reference, metrics, weights):
             yield f"{side.name}: {len(side.images)} images cannot fill Inception's 2048 dimensions; FID is far too high"
     usual, whose = (50000, "papers have") if reference.saved else (len(reference.images), "the reference has")
     if samples.images and usual and len(samples.images) != usual:
-        yield f"{samples.name}: {len(samples.images)} images, {whose} {usual}; FID falls and recall rises as they grow"
+        yield f"{samples.name}: {len(samples.images)} images, {whose} {usual}; FID falls and recall rises with more"
     used = {weights, samples.notes.get("weights"), reference.notes.get("weights")} - {None}
     if used - {HASH}:
         yield f"Inception weights {', '.join(sorted(used))}: compare only equal weights; those of papers are {HASH}"
@@ -393,7 +393,7 @@ def evaluate(args, device):
     """Do what the flags say; returns {metric or setting: value}, the object that --json prints."""
     metrics = args.metrics or (METRICS if args.ref or not args.out else ["IS"])
     if not args.ref and metrics != ["IS"]:
-        raise InputError("--ref is missing: name an .npz or a folder to compare with, or --make-stats OUT.npz")
+        raise InputError("--ref is missing: name an .npz or a folder, or ask for --metrics IS or --make-stats OUT.npz")
     if args.batch_size < 1:
         raise InputError(f"--batch-size {args.batch_size}: must be at least 1")
     samples, reference = read_set(args.samples), read_set(args.ref) if args.ref else ImageSet()
@@ -414,8 +414,8 @@ def evaluate(args, device):
     # The network must see the images of a set, unless saved statistics are all that is asked of it.
     looked = [samples] if args.out or any(metric not in samples.saved for metric in metrics) else []
     looked += [reference] if any(metric not in reference.saved for metric in metrics if metric != "IS") else []
-    if args.bootstrap and (args.bootstrap < 2 or samples not in looked or any(len(side.images) < 8 for side in looked)):
-        raise InputError(f"--bootstrap {args.bootstrap}: takes at least 2 halves, and at least 8 images in each set")
+    if args.bootstrap and (args.bootstrap < 2 or samples.saved or any(len(side.images) < 8 for side in looked)):
+        raise InputError(f"--bootstrap {args.bootstrap}: takes 2 or more, at least 8 images a set, no saved samples")
 
     weights = None
     if looked:
@@ -464,7 +464,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser("fid.py", usage=argparse.SUPPRESS, description=__doc__.partition("\n")[0])
     parser.add_argument("samples", help="FILE.npz, FILE.npz:KEY, a folder of images, or an .npz of statistics")
     parser.add_argument("--ref", help="what to compare with, in the same forms")
-    parser.add_argument("--metrics", nargs="+", choices=METRICS, help="default: all that there is data for")
+    parser.add_argument("--metrics", nargs="+", choices=METRICS, help="default: all possible; IS alone needs no --ref")
     parser.add_argument("--bootstrap", type=int, default=0, metavar="K", help="standard errors from K random halves")
     parser.add_argument("--weights", help="Inception weights (default: pytorch-fid's, downloaded once)")
     parser.add_argument("--resize", choices=["tf1", "half_pixel"], default="tf1", help="ADM's or pytorch-fid's")

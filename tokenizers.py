@@ -148,7 +148,7 @@ class KLTokenizer(nn.Module):
 
     def forward(self, images, noise):
         """Training loss: mean squared error of the picture decoded from a sample, plus kl_weight times the KL
-        divergence to N(0, 1) in nats, a mean over latents, with the log-variance clamped as in `sample`. noise
+        divergence to N(0, 1) in nats, a mean over elements, with the log-variance clamped as in `sample`. noise
         (B,C,h,w) standard normal."""
         moments = self.quant_conv(self.encoder(images))  # (B,2C,h,w); not by `encode`: training may run in bf16
         mean, log_variance = moments.chunk(2, 1)                                              # (B,C,h,w) each
