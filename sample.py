@@ -59,7 +59,7 @@ class Pipeline:
                        dtype="auto"):
         """The models of published files, for pictures of `size` pixels: vq with stage1, kl with stage2, or all. stage1
         and stage2 may also be those of a run that was trained on these tokenizers (not checked). Raises InputError."""
-        if bool(vq) != bool(stage1) or bool(kl) != bool(stage2):
+        if bool(vq) != bool(stage1) or bool(kl) != bool(stage2) or not (vq or kl):
             raise InputError("published weights come in pairs: --vq with --stage1 (coarse), --kl with --stage2 (fine)")
         vq = vq and load_published(VQTokenizer.from_published, vq)
         kl = kl and load_published(KLTokenizer.from_published, kl)
@@ -136,7 +136,7 @@ def load_generator(path, stage, raw=False, grid=(16, 16)):
         return load_published(functools.partial(cls.from_published, **options), path, file, raw), source
     with reading(path, "it does not fit this version; train it again"):
         if file["stage"] != stage:
-            raise ValueError(f"holds stage {file['stage']}, expected stage {stage}")
+            raise InputError(f"{path}: holds stage {file['stage']}, expected stage {stage}")
         model = cls(config_cls(**file["config"]))
         model.load_state_dict(file["model" if raw else "ema"])
         notes = {name: file[name] for name in ("step", "classes", "scale", "sample", "tokenizers")}
@@ -156,8 +156,8 @@ def choose_classes(wanted, classes):
 
 def sample(pipeline, args, processes):
     """Sample pictures of the chosen classes, batch by batch and in turn among processes, and save them to args.out: as
-    a labelled grid (.png), or as an array (.npz with arr_0, as ADM's evaluator wants it, and what it was made from as
-    the comment of its zip). An interrupted command goes on where it was."""
+    a labelled grid (.png), or the fine ones alone (coarse ones if there is no stage 2) as an array (.npz with arr_0, as
+    ADM's evaluator wants it, and what it was made from as the comment of its zip). An interrupted command goes on."""
     as_grid, chosen = args.out.suffix == ".png", choose_classes(args.classes, pipeline.classes)
     if as_grid:
         chosen = chosen[:min(10, args.num or 10)]  # a column each
@@ -167,7 +167,7 @@ def sample(pipeline, args, processes):
     labels = [chosen[i % len(chosen)] for i in range(count)]
     processes.say(f"{count} pictures: " + ", ".join(f"{name} {value}" for name, value in pipeline.settings.items()))
     plan = dict(settings=pipeline.settings, seed=args.seed, classes=chosen, count=count, weights=pipeline.sources,
-                tokenizers=[args.vq, args.kl, args.size], raw=args.raw, dtype=args.dtype)
+                tokenizers=[args.vq, args.kl, args.size], raw=args.raw, dtype=[args.dtype, pipeline.device.type])
     if not as_grid and zipfile.is_zipfile(args.out) and zipfile.ZipFile(args.out).comment == json.dumps(plan).encode():
         return processes.say(f"{args.out} is there already, made by the same command")
 
@@ -227,10 +227,10 @@ def parse(argv):
     add("--kl", metavar="FILE", help="  MAR's KL tokenizer,")
     add("--stage2", metavar="FILE", help="  and its generator (or a stage2.pt trained on these tokenizers)")
     add("--size", type=number(int, 1), default=256, help="pixels of the pictures that published files were trained on")
-    add("--from", nargs="+", metavar="IMAGE", dest="photos", help="draw fine pictures from the codes of these")
+    add("--from", nargs="+", metavar="IMAGE", dest="photos", help="fine pictures from their codes; best with --classes")
     add("--classes", nargs="+", help="class names or ids, names win (default: all; ten at most in a grid)")
     add("--num", type=number(int, 1), help="pictures in all, dealt out to the classes (default: three per class)")
-    add("--out", metavar="FILE", help=".png: labelled grid; .npz: arr_0 uint8 NHWC (default samples.png in the run)")
+    add("--out", metavar="FILE", help=".png: grid; .npz: fine pictures, arr_0 uint8 NHWC (default RUN/samples.png)")
     add("--batch-size", type=number(int, 1), help="pictures at a time; part of what determines the pictures")
     add("--cfg1", type=number(float, 0), help="guidance of stage 1 (1: none)")
     add("--cfg2", type=number(float, 0), help="guidance of stage 2 (1: none)")
@@ -264,7 +264,7 @@ def main(argv=None):
     parser, args = parse(argv)
     with user_errors(parser):
         processes = Processes(args.device)
-        torch.set_float32_matmul_precision("high")  # TF32 where there is no bf16; tokens have neither: full_float32
+        torch.set_float32_matmul_precision("high")  # TF32 if not bf16; full_float32 in tokenizers.py keeps both off
         folder = Path(".") if args.vq or args.kl else Path(args.run)
         args.out = Path(args.out or folder / ("variations.png" if args.photos else "samples.png"))
         if args.out.suffix not in ({".png"} if args.photos else {".png", ".npz"}) or args.out.is_dir():

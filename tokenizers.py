@@ -423,7 +423,7 @@ def reading(path, remedy):
     names the file and the remedy."""
     try:
         yield
-    except InputError:
+    except (InputError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # every format fails in its own way
         reason = " ".join(str(error).split())[:200] or type(error).__name__

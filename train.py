@@ -319,7 +319,8 @@ def leave_signals(worker):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 def agree_to_stop(received, step, processes):
-    """The signal to stop on, or 0. Processes must stop after the same step, so they ask each other at every tenth."""
+    """The signal to stop on, or 0. Processes agree at every tenth step: ten must fit torchrun's shutdown timeout, 30
+    s."""
     if processes.size > 1:
         told = torch.tensor(received[:1] or [0], device=processes.device)
         received = [0] if step % 10 else processes.gather(told).tolist()
@@ -370,7 +371,7 @@ def stage0(args, preset, processes):
             processes.say(f"stage 0: finished ({meta['count']} pictures encoded in {folder})")
         return
     if args.stage:
-        processes.say(f"stage {args.stage} needs the token cache {folder}, which is not there: building it (stage 0)")
+        processes.say(f"{folder} is not there: building it first (stage 0; --steps, --lr, --batch-size hold there, too)")
     there, kinds = path.exists(), (("vq", VQTokenizer), ("kl", KLTokenizer))
     if there:
         vq, kl, file = load_tokenizers(path)
@@ -479,7 +480,7 @@ def main(argv=None):
         on_cuda = processes.device.type == "cuda"
         args.workers = (4 if on_cuda else 0) if args.workers is None else args.workers
         args.compile = on_cuda if args.compile is None else args.compile
-        torch.set_float32_matmul_precision("high")  # TF32 where there is no bf16; tokens have neither: full_float32
+        torch.set_float32_matmul_precision("high")  # TF32 if not bf16; full_float32 in tokenizers.py keeps both off
         Path(args.out).mkdir(parents=True, exist_ok=True)
         stage0(args, PRESETS[args.preset], processes)
         for stage in (1, 2):

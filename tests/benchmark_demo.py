@@ -1,18 +1,17 @@
-"""How good are the demo's pictures, and what are the codes and the fusion worth?  Makes the figures of the README.
+"""How good are the demo's pictures, and what are the codes and the fusion worth?  Makes figures of docs/results.md.
 
     python tests/benchmark_demo.py demo --weights pt_inception-2015-12-05-6726825d.pth      the run in runs/demo
     python tests/benchmark_demo.py demo --flags --diffusion-steps 50:5                      the same, sampled otherwise
-    python tests/benchmark_demo.py cross --steps 4 8 16      a row of the README's table: trains seeds 0 and 1, then measures them
-    python tests/benchmark_demo.py codes|none|qformer|aligned                                                  the other rows
-    python tests/benchmark_demo.py noise                     --code-noise 0 against 0.1, with codes of stage 1 and of real pictures
+    python tests/benchmark_demo.py cross --steps 4 8 16   a row of the table: trains seeds 0 and 1, then measures them
+    python tests/benchmark_demo.py codes|none|qformer|aligned                                            the other rows
 
 Stage 2 trains equally long for every row: a kind that takes more time per step takes fewer steps. The rulers, each
 applied to 1,000 sampled pictures:
 
     accuracy   share whose class a small network names right; it learned from real pictures
     Frechet    distance to 5,000 real pictures in the features of that network
-    Inception  the same in the features of the FID Inception (`fid.py`), with --weights. With so few pictures it is no FID
-               as papers print it
+    Inception  the same in the features of the FID Inception (`fid.py`), with --weights. With so few pictures it is no
+               FID as papers print it
 
 Real pictures for all of them come from seeds that no training uses. What is made on the way is kept in --folder, and an
 interrupted command goes on from there.
@@ -32,19 +31,17 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import fid  # noqa: E402
 import sample  # noqa: E402
 import train  # noqa: E402
-from tokenizers import Parser, Shapes, positive, read_checkpoint, seed_of, to_float, to_map, to_uint8, write_atomically  # noqa: E402
+from tokenizers import Shapes, to_float  # noqa: E402
+from train import number, read_checkpoint, user_errors, writing  # noqa: E402
 
 SIZE, REFERENCE_SEED, CLASSIFIER_SEED, TEST_SEED = 32, 1001, 1002, 1003
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Two rulers
-# ---------------------------------------------------------------------------------------------------------------------
+# Rulers --------------------------------------------------------------------------------------------------------------
 
-
-def real_pictures(number, seed):
-    """(uint8 (number,S,S,3), class ids (number,)) of the built-in data."""
-    shapes = Shapes(SIZE, number, seed)
-    return np.stack([shapes[i][0] for i in range(number)]), np.arange(number) % len(shapes.classes)
+def real_pictures(count, seed):
+    """(uint8 (count,S,S,3), class ids (count,)) of the built-in data."""
+    shapes = Shapes(SIZE, count, seed)
+    return np.stack([shapes[i][0] for i in range(count)]), np.arange(count) % len(shapes.classes)
 
 
 def make_classifier(path):
@@ -69,13 +66,13 @@ def make_classifier(path):
             F.cross_entropy(network(to_float(pictures[chosen])), labels[chosen]).backward()
             optimizer.step()
             schedule.step()
-    write_atomically(path, lambda temporary: torch.save(network.state_dict(), temporary))
+    with writing(path) as temporary:
+        torch.save(network.state_dict(), temporary)
     return network.eval()
 
 
 class Rulers:
     """`measure` gives a dict: accuracy, Frechet and, with Inception's weights, Inception."""
-
     def __init__(self, folder, weights=None):
         self.classifier = make_classifier(folder / "classifier.pt")
         self.inception = fid.load_inception(weights) if weights else None
@@ -85,7 +82,8 @@ class Rulers:
             path = folder / "inception.npz"  # minutes to make: kept
             if not path.exists():
                 mu, sigma = self.inception_statistics(real)
-                write_atomically(path, lambda temporary: np.savez(temporary, mu=mu, sigma=sigma))
+                with writing(path) as temporary:
+                    np.savez(temporary, mu=mu, sigma=sigma)
             with np.load(path, allow_pickle=False) as file:
                 self.inception_reference = file["mu"], file["sigma"]
 
@@ -104,55 +102,35 @@ class Rulers:
         measured = {"accuracy": float((named == labels).mean()),
                     "Frechet": fid.frechet_distance(*self.small_statistics(pictures), *self.reference)}
         if self.inception:
-            measured["Inception"] = fid.frechet_distance(*self.inception_statistics(pictures), *self.inception_reference)
+            statistics = self.inception_statistics(pictures)
+            measured["Inception"] = fid.frechet_distance(*statistics, *self.inception_reference)
         return measured
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Runs
-# ---------------------------------------------------------------------------------------------------------------------
+# Runs ----------------------------------------------------------------------------------------------------------------
 
-# Steps of stage 2 that take equally long on a CPU: a step of none, cross, qformer and aligned takes 0.83, 1, 1.10 and 0.84.
+# Steps of stage 2 that take equally long on a CPU: one of none, cross, qformer, aligned takes 0.83, 1, 1.10, 0.84.
 STEPS = {"none": 1450, "cross": 1200, "qformer": 1090, "aligned": 1420}
 
 
-def trained(folder, kind, seed, code_noise=0.0):
+def trained(folder, kind, seed):
     """A finished run with fusion `kind`. Runs of one seed share tokenizers, tokens and stage 1."""
-    base, run = folder / f"seed{seed}", folder / f"{kind}{f'-noise{code_noise}' if code_noise else ''}-seed{seed}"
-    common = ["--seed", str(seed)]
+    base, run, common = folder / f"seed{seed}", folder / f"{kind}-seed{seed}", ["--seed", str(seed)]
     train.main(["--out", str(base), "--stage", "1", *common])
     if not run.exists():
         partial = folder / f"{run.name}.partial"
         shutil.rmtree(partial, ignore_errors=True)
         shutil.copytree(base, partial)
         partial.rename(run)
-    train.main(["--out", str(run), "--stage", "2", "--fusion", kind, "--steps", str(STEPS[kind]),
-                "--code-noise", str(code_noise), *common])
+    train.main(["--out", str(run), "--stage", "2", "--fusion", kind, "--steps", str(STEPS[kind]), *common])
     return run
 
 
-@torch.no_grad()
-def sample_pictures(run, flags=(), number=1000, real_codes=False):
-    """What `sample.py --run RUN FLAGS` draws: coarse and fine pictures, uint8 (number,S,S,3), and their class ids.
-    real_codes: stage 2 is told the codes of real pictures instead of stage 1's."""
+def sample_pictures(run, flags=(), count=1000):
+    """What `sample.py --run RUN FLAGS` draws: coarse and fine pictures, uint8 (count,S,S,3), and their class ids."""
     args = sample.parse(["--run", str(run), "--device", "cpu", *flags])[1]
-    pipeline = sample.Pipeline(args, torch.device("cpu"))
-    settings = pipeline.settings
-    pictures, labels = real_pictures(number, TEST_SEED)
-    made = []
-    for k, chunk in enumerate(torch.from_numpy(labels).split(settings["batch_size"])):
-        generator = torch.Generator().manual_seed(seed_of(args.seed, 3, k))
-        if not real_codes:
-            made.append(pipeline.pictures(chunk, generator))
-            continue
-        start = k * settings["batch_size"]
-        codes = pipeline.vq.encode(to_float(torch.from_numpy(pictures[start:start + len(chunk)])))                    # (B,h,w)
-        latents = pipeline.continuous.generate(chunk, codes.flatten(1), settings["steps"], settings["cfg2"], settings["temperature2"],
-                                               settings["diffusion_steps"], settings["clip"], generator)              # (B,N,C)
-        made.append([to_uint8(pipeline.vq.decode(codes)).numpy(),
-                     to_uint8(pipeline.kl.decode(to_map(latents, pipeline.grid) / pipeline.kl.scale)).numpy()])
-    coarse, fine = (np.concatenate(kind) for kind in zip(*made))
-    return coarse, fine, labels
+    labels = np.arange(count) % len(Shapes.classes)
+    return *sample.open_pipeline(args, torch.device("cpu"))(labels, args.seed), labels
 
 
 def seconds_of_stage2(run):
@@ -161,7 +139,8 @@ def seconds_of_stage2(run):
 
 
 def summary(measured):
-    """Of a dict per seed: for each ruler the mean and, of several, half the distance between the smallest and the largest."""
+    """Of a dict per seed: for each ruler the mean and, of several, half the distance between the smallest and the
+    largest."""
     forms, texts = {"accuracy": ".1%", "Frechet": ".3f", "Inception": ".1f"}, []
     for name, form in forms.items():
         if values := [one[name] for one in measured if name in one]:
@@ -170,10 +149,7 @@ def summary(measured):
     return "   ".join(texts)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The command
-# ---------------------------------------------------------------------------------------------------------------------
-
+# The command ---------------------------------------------------------------------------------------------------------
 
 def measure_demo(rulers, run, flags):
     """Real pictures, and what the run draws with the preset's settings and `flags`; coarse and fine."""
@@ -185,50 +161,39 @@ def measure_demo(rulers, run, flags):
 def measure_row(rulers, folder, kind, seeds, token_steps, settings):
     """One line per number of token steps; for `codes` one line, since stage 2 plays no part."""
     runs = [trained(folder, "cross" if kind == "codes" else kind, seed) for seed in seeds]
-    took = "" if kind == "codes" else f"   stage 2 took {np.mean([seconds_of_stage2(run) for run in runs]):.0f} s"
+    took = f"   stage 2 took {np.mean([seconds_of_stage2(run) for run in runs]):.0f} s" if kind != "codes" else ""
     for steps in token_steps[:1] if kind == "codes" else token_steps:
         measured = []
         for run in runs:
             coarse, fine, labels = sample_pictures(run, ["--steps", str(steps), *settings])
             measured.append(rulers.measure(coarse if kind == "codes" else fine, labels))
-        print(f"{kind:8} {'' if kind == 'codes' else f'{steps:2} token steps':15} {summary(measured)}{took}", flush=True)
-
-
-def measure_noise(rulers, folder, seeds, settings):
-    """--code-noise 0 and 0.1, each sampled with codes of stage 1 and with codes of real pictures."""
-    for noise in (0.0, 0.1):
-        runs = [trained(folder, "cross", seed, noise) for seed in seeds]
-        for real_codes in (False, True):
-            measured = []
-            for run in runs:
-                _, fine, labels = sample_pictures(run, settings, real_codes=real_codes)
-                measured.append(rulers.measure(fine, labels))
-            print(f"code noise {noise}, codes of {'real pictures' if real_codes else 'stage 1':13}  {summary(measured)}", flush=True)
+        what = "" if kind == "codes" else f"{steps:2} token steps"
+        print(f"{kind:8} {what:15} {summary(measured)}{took}", flush=True)
 
 
 def main(argv=None):
-    parser = Parser(prog="benchmark_demo.py", description="Measure the demo: accuracy and Frechet distance of its pictures.")
-    parser.add_argument("what", choices=["demo", "codes", *STEPS, "noise"])
-    parser.add_argument("--run", type=Path, default=Path("runs/demo"), help="the run that `demo` measures (default runs/demo)")
-    parser.add_argument("--folder", type=Path, default=Path("runs/benchmark"), help="where runs and rulers are kept")
-    parser.add_argument("--weights", metavar="FILE", help="Inception weights as for fid.py; adds the distance in its features")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--steps", type=positive, nargs="+", default=[8], help="numbers of token steps to sample with")
-    parser.add_argument("--cfg2", default="1.5", help="guidance of stage 2 in rows and noise (default 1.5)")
-    parser.add_argument("--temperature2", default="1.0", help="its temperature there (default 1.0)")
-    parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="of `demo`, last: flags of sample.py, as --diffusion-steps 50:5")
+    parser = argparse.ArgumentParser(prog="benchmark_demo.py", usage=argparse.SUPPRESS,
+                                     description=__doc__.partition("\n")[0])
+    add = parser.add_argument
+    add("what", choices=["demo", "codes", *STEPS])
+    add("--run", type=Path, default=Path("runs/demo"), help="the run that `demo` measures (default runs/demo)")
+    add("--folder", type=Path, default=Path("runs/benchmark"), help="where runs and rulers are kept")
+    add("--weights", metavar="FILE", help="Inception weights as for fid.py; adds the distance in its features")
+    add("--seeds", type=int, nargs="+", default=[0, 1])
+    add("--steps", type=number(int, 1), nargs="+", default=[8], help="numbers of token steps to sample with")
+    add("--cfg2", default="1.5", help="guidance of stage 2 in rows (default 1.5)")
+    add("--temperature2", default="1.0", help="its temperature there (default 1.0)")
+    add("--flags", nargs=argparse.REMAINDER, default=[], help="of `demo`, last: flags of sample.py")
     args = parser.parse_args(argv)
-    settings = ["--cfg2", args.cfg2, "--temperature2", args.temperature2]
-    with parser.plain_errors():
+    with user_errors(parser):
         try:
             rulers = Rulers(args.folder, args.weights)
         except fid.InputError as error:
             parser.error(error)
         if args.what == "demo":
             measure_demo(rulers, args.run, args.flags)
-        elif args.what == "noise":
-            measure_noise(rulers, args.folder, args.seeds, settings)
         else:
+            settings = ["--cfg2", args.cfg2, "--temperature2", args.temperature2]
             measure_row(rulers, args.folder, args.what, args.seeds, args.steps, settings)
 
 

@@ -97,7 +97,7 @@ def test_a_finished_run_says_so_and_more_steps_continue(run, data, capsys):
 def test_stage_2_alone_builds_the_cache_it_needs(arguments, capsys):
     train.main([*arguments[:-4], "--stage", "2", "--steps", "3"])
     said = capsys.readouterr().out
-    assert "needs the token cache" in said and "stage 2  step 3/3" in said and "stage 1" not in said
+    assert "is not there: building it first" in said and "stage 2  step 3/3" in said and "stage 1" not in said
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -525,6 +525,7 @@ def test_bad_sampling(run, tmp_path, capsys):
     refused(sample.main, [*base, "--out", tmp_path], capsys, "ends in .png")
     refused(sample.main, ["--run", tmp_path / "nothing"], capsys, "tokenizers.pt", f"python train.py --out {tmp_path}")
     refused(sample.main, ["--stage2", run / "stage2.pt"], capsys, "--kl")
+    refused(sample.main, ["--coarse", "--kl", "kl.ckpt", "--stage2", run / "stage2.pt"], capsys, "in pairs")
     refused(sample.main, [*base, "--from", tmp_path / "file"], capsys, tmp_path / "file", "picture")
     assert contents(run) == before
 
