@@ -50,8 +50,7 @@ def rotary_table(grid, head_dim):
     A head is head_dim/2 pairs of numbers. The first half of the pairs turns with the row of a place, the second half
     with its column: pair i of a half by the angle n / 10000^(2i / (head_dim/2)), where n is the number of the row or
     column. The table's first entry is the class token's and all zero: its key and query vanish, and every code gives it
-    the same attention score, 0. (An oddity of LlamaGen's `precompute_freqs_cis_2d`, which the published models
-    need.)"""
+    the same attention score, 0. (An oddity of LlamaGen's code that its weights need.)"""
     frequencies = 10000.0 ** (-torch.arange(0, head_dim // 2, 2).float() / (head_dim // 2))   # (head_dim/4,)
     rows, columns = torch.meshgrid(*(torch.arange(size).float() for size in grid), indexing="ij")  # (h,w) each
     angles = torch.cat([n.flatten()[:, None] * frequencies for n in (rows, columns)], 1)      # (h*w,head_dim/2)
@@ -156,7 +155,7 @@ class DiscreteGenerator(nn.Module):
     def from_published(cls, state, num_heads=None, grid=(16, 16)):
         """Build from LlamaGen's class-conditional weights; sizes are read off the tensors. Two cannot be: the heads (64
         wide, but 32 of 100 in the 3B model), and the grid (16x16 for pictures of 256 pixels, 24x24 for 384). Raises
-        KeyError or RuntimeError naming keys that are missing or extra."""
+        KeyError or RuntimeError naming keys."""
         codebook_size, width = state["tok_embeddings.weight"].shape
         config = DiscreteConfig(
             codebook_size=codebook_size, width=width, num_heads=num_heads or {3200: 32}.get(width, width // 64),
@@ -256,10 +255,9 @@ def diffusion_schedule(steps=1000):
     a_i), xt_weight = sqrt(1 - beta_i) (1 - a_(i-1)) / (1 - a_i), posterior variance = beta_i (1 - a_(i-1)) / (1 - a_i).
     (That is zero at index 0: there log_posterior repeats index 1's.)
 
-    Names: timesteps (integers); signal sqrt(a), noise sqrt(1 - a); recip_signal sqrt(1/a), recip_noise sqrt(1/a - 1),
-    so that x0 = recip_signal x - recip_noise eps; x0_weight, xt_weight; log_posterior and log_beta, the logs of the
-    variance of a step if x0 is known exactly, and if only x0 ~ N(0, 1) is known. Raises ValueError for steps outside
-    2..1000."""
+    Names: timesteps; signal sqrt(a), noise sqrt(1 - a); recip_signal sqrt(1/a), recip_noise sqrt(1/a - 1), so that x0 =
+    recip_signal x - recip_noise eps; x0_weight, xt_weight; log_posterior and log_beta, the logs of the variance of a
+    step if x0 is known exactly, and if only x0 ~ N(0, 1) is known. Raises ValueError for steps outside 2..1000."""
     if not 2 <= steps <= 1000:
         raise ValueError(f"diffusion steps must lie in 2..1000, not {steps}")
     cosine = np.cos((np.arange(1001) / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2
@@ -340,9 +338,8 @@ class Denoiser(nn.Module):
 
 def posterior_step(x, eps, fraction, tables, index, clip=math.inf):
     """Mean and log-variance (M,C) of the reverse step from x (M,C) at table index `index`, (M,1) or (1,), given the
-    noise eps in it. The estimate of x0 that eps implies is kept within +-clip. fraction (M,C), about in [-1,1] and not
-    clamped, says where the log-variance lies between log_posterior (-1) and log_beta (1) (Nichol & Dhariwal, eq.
-    15)."""
+    noise eps in it. The estimate of x0 that eps implies is kept within +-clip. fraction (M,C), not clamped, says where
+    the log-variance lies between log_posterior (-1) and log_beta (1) (Nichol & Dhariwal, eq. 15)."""
     x0 = (tables["recip_signal"][index] * x - tables["recip_noise"][index] * eps).clamp(-clip, clip)
     share = (fraction + 1) / 2
     log_variance = share * tables["log_beta"][index] + (1 - share) * tables["log_posterior"][index]
@@ -436,8 +433,7 @@ class ContinuousGenerator(nn.Module):
 
     The diffusion loss teaches the autoencoder slowly: at most noise levels eps is predicted almost as well without z. A
     run of minutes would end before z uses the visible latents at all, so small presets add to the loss the error of a
-    guess of each latent from z by one linear layer (`guess_weight`). Sampling does not use it, and MAR has nothing like
-    it."""
+    guess of each latent from z by one linear layer (`guess_weight`). MAR has nothing like it."""
     ADDED = ("fusion.", "code_embedding.", "null_code", "guess.")  # the parameters that MAR does not have
 
     denoising_step = staticmethod(denoising_step)  # compile_parts puts a compiled one in its place
@@ -479,8 +475,7 @@ class ContinuousGenerator(nn.Module):
     @classmethod
     def from_published(cls, state, num_heads=None):
         """Build from MAR's weights, strictly; sizes are read off the tensors, the grid is taken as square. The heads
-        cannot be read off: they are 64 wide, but MAR-H has 16 of 80. Raises KeyError or RuntimeError naming keys that
-        are missing or extra."""
+        cannot be read off: they are 64 wide, but MAR-H has 16 of 80. Raises KeyError or RuntimeError naming keys."""
         (width, channels), slots = state["z_proj.weight"].shape, state["encoder_pos_embed_learned"].shape[1]
         places = state["diffusion_pos_embed_learned"].shape[1]
         config = ContinuousConfig(
@@ -559,10 +554,9 @@ class ContinuousGenerator(nn.Module):
         return self.decode(self.encode(latents, visible, labels), visible, context)
 
     def forward(self, latents, visible, hidden, labels, codes, t, noise):
-        """Training loss, a scalar: the mean diffusion loss of the hidden places, each at R noise levels, plus
-        guess_weight times the mean squared error of the guess, if there is one. latents (B,N,C); visible (B,V) and
-        hidden (B,H) places, V + H = N; labels (B,), codes (B,N), -1 where dropped; t (B,H,R) in 0..999; noise (B,H,R,C)
-        standard normal."""
+        """Training loss, the mean diffusion loss of the hidden places, each at R noise levels, plus guess_weight times
+        the mean squared error of the guess, if any. latents (B,N,C); visible (B,V) and hidden (B,H) places, V + H = N;
+        labels (B,), codes (B,N), -1 where dropped; t (B,H,R) in 0..999; noise (B,H,R,C) standard normal."""
         z = pick(self.condition(latents, visible, labels, self.prepare(codes)), hidden)       # (B,H,D)
         x0, net = pick(latents, hidden), self.diffloss["net"]                                 # (B,H,C)
 

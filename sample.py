@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+import torch.utils.mkldnn
 
 from d2c import (PRESETS, ContinuousConfig, ContinuousGenerator, DiscreteConfig, DiscreteGenerator, compile_parts,
                  generate)
@@ -37,7 +38,7 @@ class Pipeline:
     codes and the coarse picture, `kl` and `continuous` the fine one; either pair may be missing (None). `settings` are
     those of d2c.generate, and batch_size."""
     @classmethod
-    def from_run(cls, run="runs/demo", coarse=False, raw=False, device="auto", dtype="auto"):
+    def from_run(cls, run="runs/demo", coarse=False, raw=False, device="auto", dtype="auto", compile=False):
         """The models of a run folder; without stage 2 if `coarse`; the raw weights instead of their moving average
         (EMA) if `raw`. Raises InputError."""
         names = ["tokenizers.pt", "stage1.pt"] + ([] if coarse else ["stage2.pt"])
@@ -52,11 +53,11 @@ class Pipeline:
             if notes.get("tokenizers") != file["id"]:
                 raise InputError(f"{path}: was trained on tokens of other tokenizers than {tokenizers}; train it again")
         second = (None, {}) if coarse else generators[1]
-        return cls(vq, kl, generators[0], second, device, dtype)
+        return cls(vq, kl, generators[0], second, device, dtype, compile)
 
     @classmethod
     def from_published(cls, vq=None, stage1=None, kl=None, stage2=None, size=256, raw=False, device="auto",
-                       dtype="auto"):
+                       dtype="auto", compile=False):
         """The models of published files, for pictures of `size` pixels: vq with stage1, kl with stage2, or all. stage1
         and stage2 may also be those of a run that was trained on these tokenizers (not checked). Raises InputError."""
         if bool(vq) != bool(stage1) or bool(kl) != bool(stage2) or not (vq or kl):
@@ -67,9 +68,9 @@ class Pipeline:
         second = load_generator(stage2, 2, raw) if kl else (None, {})
         if kl:
             kl.scale = second[1].get("scale", KL16_SCALE)
-        return cls(vq, kl, first, second, device, dtype)
+        return cls(vq, kl, first, second, device, dtype, compile)
 
-    def __init__(self, vq, kl, first, second, device, dtype):
+    def __init__(self, vq, kl, first, second, device, dtype, compile):
         """first, second: generator and notes of load_generator, or (None, {})."""
         (discrete, notes1), (continuous, notes2) = first, second
         notes = notes2 or notes1
@@ -78,6 +79,12 @@ class Pipeline:
         self.device = device if isinstance(device, torch.device) else Processes(device).device
         for model in filter(None, (vq, kl, discrete, continuous)):
             model.to(self.device).eval()
+        onednn = self.device.type == "cpu" and dtype != "bf16" and torch.backends.mkldnn.is_available()
+        for model in filter(None, (discrete, continuous)):
+            if compile:
+                compile_parts(model)
+            elif onednn and model.config.width >= 512:  # wide layers with few rows: faster than MKL, torch's choice
+                torch.utils.mkldnn.to_mkldnn(model)
         config = (continuous or discrete).config
         self.grid = tuple(config.grid)
         self.size = self.grid[0] * (vq if discrete else kl).config.factor  # side of a picture in pixels
@@ -247,7 +254,8 @@ def parse(argv):
 
 def open_pipeline(args, device):
     """The Pipeline that the flags name, with their settings. Raises InputError."""
-    common = dict(raw=args.raw, device=device, dtype=args.dtype)
+    compile = args.compile or (args.compile is None and device.type == "cuda")
+    common = dict(raw=args.raw, device=device, dtype=args.dtype, compile=compile)
     if args.vq or args.stage1 or args.kl or args.stage2:
         fine = [None, None] if args.coarse else [args.kl, args.stage2]
         pipeline = Pipeline.from_published(args.vq, args.stage1, *fine, args.size, **common)
@@ -270,9 +278,6 @@ def main(argv=None):
         if args.out.suffix not in ({".png"} if args.photos else {".png", ".npz"}) or args.out.is_dir():
             raise InputError(f"--out {args.out}: must be a file that ends in .png or, without --from, in .npz")
         pipeline = open_pipeline(args, processes.device)
-        if args.compile or (args.compile is None and processes.device.type == "cuda"):
-            for model in filter(None, (pipeline.discrete, pipeline.continuous)):
-                compile_parts(model)
         if not args.photos:
             sample(pipeline, args, processes)
         elif processes.rank == 0:

@@ -107,8 +107,7 @@ class VQTokenizer(nn.Module):
 
     @classmethod
     def from_published(cls, state):
-        """Build from LlamaGen's keys, strictly. Raises KeyError or RuntimeError naming keys that are missing or
-        extra."""
+        """Build from LlamaGen's keys, strictly. Raises KeyError or RuntimeError naming keys."""
         state = {key: value for key, value in state.items() if key != "quantize.codebook_used"}  # training statistics
         codebook_size, code_dim = state["quantize.embedding.weight"].shape
         config = TokenizerConfig(codebook_size=codebook_size, code_dim=code_dim, **published_sizes(state))
@@ -433,8 +432,7 @@ def reading(path, remedy):
 
 class Shapes(Dataset):
     """Built-in data, drawn on the fly: ten shapes (what the codes must tell) with a fine texture (what they lose).
-    Picture i depends on (seed, i) only. Lengths are shares of `size`: pictures of 32 and of 256 pixels show the
-    same."""
+    Picture i depends on (seed, i) only. Lengths are shares of `size`."""
     classes = ["circle", "square", "triangle", "star", "cross", "ring", "heart", "moon", "arrow", "hourglass"]
 
     turn, tip = np.linspace(0, 2 * np.pi, 40), np.arange(10)  # of the heart, of the star

@@ -84,8 +84,7 @@ def read_latents(cache, config, index, generator, chance):
 
 def count_hidden(number, config, chance):
     """How many of `number` places are hidden: `chance` in [0,1) runs through a normal around 1, cut to [smallest share,
-    1]. (MAR's smallest share, 0.7, would show four of 16 places at most, too few to learn from: the small presets have
-    0.1.)"""
+    1]. (MAR's smallest share, 0.7, would show four of 16 places at most, too few: the small presets have 0.1.)"""
     deviation, smallest = config.hidden_share
     normal = NormalDist(1, deviation)
     low = normal.cdf(smallest)
@@ -319,8 +318,7 @@ def leave_signals(worker):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 def agree_to_stop(received, step, processes):
-    """The signal to stop on, or 0. Processes agree at every tenth step: ten must fit torchrun's shutdown timeout, 30
-    s."""
+    """The signal to stop on, or 0. Processes agree at every tenth step. (torchrun waits 30 s, then kills.)"""
     if processes.size > 1:
         told = torch.tensor(received[:1] or [0], device=processes.device)
         received = [0] if step % 10 else processes.gather(told).tolist()
@@ -371,7 +369,7 @@ def stage0(args, preset, processes):
             processes.say(f"stage 0: finished ({meta['count']} pictures encoded in {folder})")
         return
     if args.stage:
-        processes.say(f"{folder} is not there: building it first (stage 0; --steps, --lr, --batch-size hold there, too)")
+        processes.say(f"{folder} is not there: building it first (stage 0; --steps, --lr and --batch-size count there)")
     there, kinds = path.exists(), (("vq", VQTokenizer), ("kl", KLTokenizer))
     if there:
         vq, kl, file = load_tokenizers(path)
@@ -494,8 +492,8 @@ def main(argv=None):
 
 class TokenCache:
     """The encoded data set, memory-mapped: codes (2,count,N) uint16 and moments (2,count,N,2C) float16 (mean,
-    log-variance), original and mirrored; labels (count,) int64; `meta`, a dict. Raises InputError when it is unfinished
-    or damaged."""
+    log-variance), original and mirrored; labels (count,) int64; `meta`, a dict. Raises InputError if unfinished or
+    damaged."""
     def __init__(self, folder):
         self.folder = folder = Path(folder)
         with reading(folder, "the token cache is unfinished or damaged: delete it and run train.py --stage 0"):
@@ -610,8 +608,7 @@ def load_published(build, path, content=None, raw=False):
     """`build(state)` on the state dict in a published checkpoint file, or in its `content` if that is read already.
 
     The containers of LlamaGen (`model`, `ema`, `module`, `state_dict`, or none) and MAR (`model_ema`, `model`) are
-    opened, averaged weights first unless `raw`; DDP and compile prefixes are stripped. Raises InputError naming
-    keys."""
+    opened, averaged weights first unless `raw`; DDP and compile prefixes are stripped. Raises InputError."""
     state = content or read_checkpoint(path)
     order = ["model_ema", "ema", "model", "module", "state_dict"]
     with reading(path, "the weights do not fit"):

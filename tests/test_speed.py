@@ -3,6 +3,7 @@ import copy
 
 import pytest
 import torch
+import torch.utils.mkldnn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import adapters
@@ -87,6 +88,18 @@ def test_training_compiles_nothing_after_warm_up():
         with torch.compiler.set_stance("fail_on_recompile"):
             torch.testing.assert_close(loss(compiled, hidden), loss(model, hidden))
     assert backend.graphs == warm
+
+
+def test_wide_generators_sample_the_same_by_onednn():
+    """What sample.py does to them on a CPU."""
+    first = adapters.draw_parameters(d2c.DiscreteGenerator(d2c.DiscreteConfig(16, 10, (4, 4), 512, 1, 8)), 0)
+    second = continuous("cross", width=512, num_heads=8)
+    labels, codes = torch.tensor([3, 5, 7]), torch.randint(16, (3, 16))
+    with torch.no_grad():
+        expected = first.generate(labels, 2.0, temperature=0), draw_latents(second, labels, codes, 4, 2.0)
+        quick = [torch.utils.mkldnn.to_mkldnn(model) for model in (first, second)]
+        assert torch.equal(quick[0].generate(labels, 2.0, temperature=0), expected[0])
+        torch.testing.assert_close(draw_latents(quick[1], labels, codes, 4, 2.0), expected[1], atol=1e-3, rtol=1e-3)
 
 
 def test_nothing_waits_for_the_device():
