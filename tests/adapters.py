@@ -1,8 +1,8 @@
 """One door for every check: plain functions onto this implementation.
 
 Golden tests, graders and outside checks call only these, so the insides stay free to change, and another implementation
-(a student's, say) is tested by editing this one file. Tensors in and out unless stated; `state` is a state dict under the
-published key names; everything runs in eval mode, in float32, on the device of its inputs.
+(a student's, say) is tested by editing this one file. Tensors in and out unless stated; `state` is a state dict under
+the published key names; everything runs in eval mode, in float32, on the device of its inputs.
 """
 import math
 
@@ -92,7 +92,8 @@ def mar_condition(state, latents, mask, labels, num_heads):
 
 @torch.no_grad()
 def mar_loss(state, latents, mask, labels, num_heads, t, noise):
-    """Scalar training loss; t (4BN,) and noise (4BN,C) in MAR's order: noise level outermost, then batch, then token."""
+    """Scalar training loss; t (4BN,) and noise (4BN,C) in MAR's order: noise level outermost, then batch, then
+    token."""
     model = d2c.ContinuousGenerator.from_published(state, num_heads).eval()
     (batch, places), (visible, hidden) = mask.shape, split_mask(mask)
     t = t.view(-1, batch, places).permute(1, 2, 0)                                            # (B,N,4)
@@ -113,7 +114,8 @@ class OutsideDenoiser(torch.nn.Module):
         return self.function(x, t.expand(len(x)), z)
 
 
-def mar_generate(state, labels, orders, noise, num_heads, num_steps, cfg_scale, temperature, diffusion_steps, denoiser=None):
+def mar_generate(state, labels, orders, noise, num_heads, num_steps, cfg_scale, temperature, diffusion_steps,
+                 denoiser=None):
     """labels (B,), orders (B,N), noise an iterator of arrays -> latents (B,C,h,w)."""
     model = d2c.ContinuousGenerator.from_published(state, num_heads).eval()
     noise = iter(noise)
@@ -183,7 +185,8 @@ def fuse(kind, sequence, discrete, seed, fresh=True):
 def d2c_condition(kind, latents, mask, labels, codes, seed):
     """z (B,N,D) of a small model with fusion `kind` and all parameters drawn from `seed`; codes (B,N) or (B,h,w)."""
     config = d2c.ContinuousConfig(channels=latents.shape[1], grid=tuple(latents.shape[2:]), width=64,
-                                  encoder_depth=2, decoder_depth=2, num_heads=4, buffer_size=4, head_depth=2, head_width=64,
+                                  encoder_depth=2, decoder_depth=2, num_heads=4, buffer_size=4, head_depth=2,
+                                  head_width=64,
                                   fusion=kind, codebook_size=16384)
     model = draw_parameters(d2c.ContinuousGenerator(config), seed).to(latents.device)
     labels = labels_or_none(labels, len(latents), latents.device)

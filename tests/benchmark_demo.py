@@ -110,7 +110,7 @@ class Rulers:
 # Runs ----------------------------------------------------------------------------------------------------------------
 
 # Steps of stage 2 that take equally long on a CPU: one of none, cross, qformer, aligned takes 0.83, 1, 1.10, 0.84.
-STEPS = {"none": 1450, "cross": 1200, "qformer": 1090, "aligned": 1420}
+STEPS = {"none": 1330, "cross": 1100, "qformer": 1000, "aligned": 1300}
 
 
 def trained(folder, kind, seed):

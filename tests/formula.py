@@ -42,8 +42,8 @@ def formula_state(shapes, conv_gain=1.0):
 
 
 def published_file(name, path, *containers):
-    """A weight file in the form of a published one: formula weights for the key list `name` of `goldens/`, in a dict under
-    each of `containers`, beside training arguments as their authors store them. Returns the path as text."""
+    """A weight file in the form of a published one: formula weights for the key list `name` of `goldens/`, in a dict
+    under each of `containers`, beside training arguments as their authors store them. Returns the path as text."""
     tensors = json.loads((Path(__file__).parent / "goldens" / f"{name}.json").read_text())["tensors"]
     state = formula_state({key: shape for key, (shape, _) in tensors.items()})
     torch.save({container: state for container in containers} | {"args": argparse.Namespace(lr=1e-4)}, path)

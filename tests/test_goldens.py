@@ -42,7 +42,8 @@ def normal(seed, *draws):
 # Tokenizers ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name, keys", [("vq_tiny_ch32", "llamagen_vq_tiny_ch32"), ("vq16_published", "llamagen_vq_ds16")])
+@pytest.mark.parametrize("name, keys",
+                         [("vq_tiny_ch32", "llamagen_vq_tiny_ch32"), ("vq16_published", "llamagen_vq_ds16")])
 def test_vq(name, keys):
     arrays, state = golden(name), weights(keys)
     codes = adapters.vq_encode(state, arrays["x"])
@@ -72,11 +73,13 @@ def test_gpt_logits_and_loss():
     arrays, state = golden("gpt_tiny"), weights("llamagen_gpt_tiny")
     logits = adapters.gpt_logits(state, arrays["idx"], arrays["cond"], num_heads=4)
     close(logits, arrays["logits_sub"][:, :16], atol=1e-4)
-    close(adapters.gpt_logits(state, arrays["idx"], torch.full((3,), 10), 4), arrays["logits_null_sub"][:, :16], atol=1e-4)
+    close(adapters.gpt_logits(state, arrays["idx"], torch.full((3,), 10), 4), arrays["logits_null_sub"][:, :16],
+          atol=1e-4)
     model = d2c.DiscreteGenerator.from_published(state, 4, (4, 4)).eval()
     close(model(arrays["idx"], arrays["cond"])[None], arrays["train_loss"], atol=1e-5)
     close(model.rotary, arrays["freqs_cis"], atol=1e-6)
-    assert torch.equal(model.logits(arrays["idx"], torch.full((3,), -1)), model.logits(arrays["idx"], torch.full((3,), 10)))
+    assert torch.equal(model.logits(arrays["idx"], torch.full((3,), -1)),
+                       model.logits(arrays["idx"], torch.full((3,), 10)))
 
 
 @pytest.mark.parametrize("name, settings", [("greedy_cfg1", dict(cfg_scale=1.0)), ("greedy_cfg2", dict(cfg_scale=2.0)),
@@ -93,7 +96,8 @@ def test_gpt_greedy(name, settings):
 @pytest.mark.parametrize("steps, prefix", [(100, "gen100"), (1000, "train1000")])
 def test_diffusion_tables(steps, prefix):
     arrays, ours = golden("mar_diffusion_tables"), d2c.diffusion_schedule(steps)
-    names = {"timesteps": "timestep_map", "x0_weight": "posterior_mean_coef1_f64", "xt_weight": "posterior_mean_coef2_f64",
+    names = {"timesteps": "timestep_map", "x0_weight": "posterior_mean_coef1_f64",
+             "xt_weight": "posterior_mean_coef2_f64",
              "log_beta": "log_betas_f64", "log_posterior": "posterior_log_variance_clipped_f64",
              "recip_signal": "sqrt_recip_alphas_cumprod_f64", "recip_noise": "sqrt_recipm1_alphas_cumprod_f64"}
     for name, theirs in names.items():
@@ -118,7 +122,8 @@ def analytic_denoiser(x, t, z):
     return torch.cat([eps, (-1 + 2 * torch.arange(channels) / (channels - 1)).expand_as(x)], 1)
 
 
-@pytest.mark.parametrize("name, seed, tolerance", [("mar_analytic_sampler", 452, 2e-4), ("mar_tiny_sampler", 442, None)])
+@pytest.mark.parametrize("name, seed, tolerance",
+                         [("mar_analytic_sampler", 452, 2e-4), ("mar_tiny_sampler", 442, None)])
 def test_diffusion_sampler(name, seed, tolerance):
     arrays = golden(name)
     denoiser = analytic_denoiser
@@ -128,7 +133,8 @@ def test_diffusion_sampler(name, seed, tolerance):
         def denoiser(x, t, z):
             return net(x, t, net.cond_embed(z))
 
-    guided = adapters.diffusion_sample(denoiser, arrays["z"], normal(seed, ((4, 16), 1), ((8, 16), 100)), 0.95, 2.0, 100)
+    guided = adapters.diffusion_sample(denoiser, arrays["z"], normal(seed, ((4, 16), 1), ((8, 16), 100)), 0.95, 2.0,
+                                       100)
     plain = adapters.diffusion_sample(denoiser, arrays["z"], normal(seed + 1, ((8, 16), 101)), 1.0, 1.0, 100)
     for value, expected in ((guided, arrays["sample_cfg2_t095"]), (plain, arrays["sample_cfg1_t1"])):
         close(value, expected, atol=tolerance or 1e-3 * float(expected.abs().max()))
@@ -148,7 +154,8 @@ def test_mar_training_loss():
     arrays = golden("mar_tiny")
     mask = torch.zeros(2, 16, dtype=torch.bool).scatter(1, arrays["orders"][:, :12], True)
     noise = next(normal(432, ((128, 16), 1)))
-    loss = adapters.mar_loss(weights("mar_tiny"), arrays["latents"], mask, arrays["labels"], 4, arrays["forward_t"], noise)
+    loss = adapters.mar_loss(weights("mar_tiny"), arrays["latents"], mask, arrays["labels"], 4, arrays["forward_t"],
+                             noise)
     close(loss[None], arrays["forward_loss"], rtol=1e-4)
 
 
@@ -166,7 +173,8 @@ def test_mar_generate(name, steps, cfg, temperature):
     for revealed, _ in d2c.token_schedule(16, steps, cfg):
         rows = 2 * revealed
         draws += [((rows, 16), 1), ((2 * rows, 16), 100)] if cfg != 1 else [((rows, 16), 101)]
-    latents = adapters.mar_generate(weights("mar_tiny"), arrays["labels"], arrays["orders"], normal(561, *draws), 4, steps,
+    latents = adapters.mar_generate(weights("mar_tiny"), arrays["labels"], arrays["orders"], normal(561, *draws), 4,
+                                    steps,
                                     cfg, temperature, 100, analytic_denoiser)
     close(latents, arrays[f"out_{name}"], atol=5e-4)
 
@@ -174,12 +182,12 @@ def test_mar_generate(name, steps, cfg, temperature):
 # Loading -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in GOLDENS.glob("*.json") if re.match("llamagen|mar_|inception_v3", path.stem)))
+@pytest.mark.parametrize("name", sorted(path.stem for path in GOLDENS.glob("*.json")
+                                        if re.match("llamagen|mar_|inception_v3", path.stem)))
 def test_published_manifests_load_strictly(name):
     """Every published state dict, on the meta device: parameter counts equal, a key too few or too many refused."""
     facts = manifest(name)
-    kind = next(kind for mark, kind in (("vq", "vq"), ("kl", "kl"), ("gpt", "gpt"), ("inception", "inception"), ("mar", "mar"))
-                if mark in name)
+    kind = next(kind for kind in ("vq", "kl", "gpt", "inception", "mar") if kind in name)
     state = {key: torch.empty(shape, device="meta") for key, (shape, _) in facts["tensors"].items()}
     heads = facts.get("heads") or facts.get("kwargs", {}).get("encoder_num_heads") if kind == "mar" else None
     assert adapters.load(kind, state, heads) == facts["n_params"]

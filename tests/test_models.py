@@ -9,7 +9,8 @@ import d2c
 import fusion
 
 KINDS = ["cross", "qformer", "aligned"]
-SIZES = dict(channels=4, num_classes=10, grid=(4, 4), width=32, encoder_depth=1, decoder_depth=1, num_heads=2, buffer_size=3,
+SIZES = dict(channels=4, num_classes=10, grid=(4, 4), width=32, encoder_depth=1, decoder_depth=1, num_heads=2,
+             buffer_size=3,
              head_depth=1, head_width=32, dropout=0.0)
 
 
@@ -22,8 +23,10 @@ def continuous(kind, seed=0, **changes):
 def batch(seed=0, batch_size=3):
     """(latents, order, labels, codes) for `continuous`; the first 6 of the order visible, say."""
     generator = torch.Generator().manual_seed(seed)
-    return (torch.randn(batch_size, 16, 4, generator=generator), torch.rand(batch_size, 16, generator=generator).argsort(1),
-            torch.randint(10, (batch_size,), generator=generator), torch.randint(16, (batch_size, 16), generator=generator))
+    return (torch.randn(batch_size, 16, 4, generator=generator),
+            torch.rand(batch_size, 16, generator=generator).argsort(1),
+            torch.randint(10, (batch_size,), generator=generator),
+            torch.randint(16, (batch_size, 16), generator=generator))
 
 
 def draw_latents(model, labels, codes, steps, cfg, diffusion_steps=5, **settings):
@@ -55,7 +58,8 @@ def test_fusion_from_mar_weights_begins_as_mar(kind):
 def test_only_fusion_may_be_missing_from_mar_weights():
     state = continuous("none").state_dict()
     model = d2c.ContinuousGenerator(d2c.ContinuousConfig(**{**SIZES, "fusion": "cross", "codebook_size": 16}))
-    for wrong in ({key: value for key, value in state.items() if key != "z_proj.bias"}, dict(state, extra=torch.ones(1))):
+    for wrong in ({key: value for key, value in state.items() if key != "z_proj.bias"},
+                  dict(state, extra=torch.ones(1))):
         with pytest.raises(RuntimeError, match="z_proj.bias|extra"):
             model.load_published(wrong)
 
@@ -115,7 +119,8 @@ def test_every_parameter_learns(kind):
         loss.backward()
         if step < 5:
             optimizer.step()
-    silent = [name for name, parameter in model.named_parameters() if parameter.grad is None or not parameter.grad.any()]
+    silent = [name for name, parameter in model.named_parameters()
+              if parameter.grad is None or not parameter.grad.any()]
     assert silent == []
 
 
@@ -192,7 +197,8 @@ def test_every_token_is_drawn_exactly_once():
         for steps in (1, 2, places // 2, places):
             if 1 <= steps <= places:
                 schedule = d2c.token_schedule(places, steps, 2.0)
-                assert sum(revealed for revealed, _ in schedule) == places and min(revealed for revealed, _ in schedule) >= 1
+                drawn = [revealed for revealed, _ in schedule]
+                assert sum(drawn) == places and min(drawn) >= 1
     with pytest.raises(ValueError, match="16"):
         d2c.token_schedule(16, 17, 1.0)
 
@@ -225,7 +231,8 @@ def test_compiled_training_uses_the_same_tables():
     denoiser, x = adapters.draw_parameters(d2c.Denoiser(4, 32, 1, 8), 0), torch.randn(64, 4)
     arguments = (x, torch.arange(64) * 15, torch.randn(64, 4), torch.randn(64, 32))
     compiled = torch.compile(d2c.diffusion_loss, backend="aot_eager")
-    torch.testing.assert_close(compiled(denoiser, *arguments), d2c.diffusion_loss(denoiser, *arguments), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(compiled(denoiser, *arguments), d2c.diffusion_loss(denoiser, *arguments), rtol=1e-6,
+                               atol=1e-6)
 
 
 def test_trained_fusion_survives_loading():
@@ -256,7 +263,8 @@ def test_diffusion_can_be_learned_and_sampled():
     for _ in range(400):
         which = torch.randint(2, (256,))
         x0 = mean[which] + 0.2 * torch.randn(256, 2)
-        loss = d2c.diffusion_loss(denoiser, x0, torch.randint(1000, (256,)), torch.randn(256, 2), which[:, None].float()).mean()
+        loss = d2c.diffusion_loss(denoiser, x0, torch.randint(1000, (256,)), torch.randn(256, 2),
+                                  which[:, None].float()).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

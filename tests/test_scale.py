@@ -30,7 +30,8 @@ def run(finished, tmp_path):
 @pytest.fixture
 def stage0(data, tmp_path):
     """Arguments that train and encode in a folder of their own."""
-    return ["--preset", "tiny", "--data", str(data), "--out", str(tmp_path / "run"), "--steps", "30", "--save-every", "5",
+    return ["--preset", "tiny", "--data", str(data), "--out", str(tmp_path / "run"), "--steps", "30", "--save-every",
+            "5",
             "--stage", "0"]
 
 
@@ -123,10 +124,11 @@ def test_other_settings_start_sampling_anew(finished, tmp_path, monkeypatch):
 
 
 def test_kills_anywhere_lose_nothing(finished, data, tmp_path):
-    """SIGKILL at random moments of training and sampling; the end is that of an undisturbed run, to the last bit. (The long
-    form of this test is `python tests/benchmark_scale.py kills`.)"""
+    """SIGKILL at random moments of training and sampling; the end is that of an undisturbed run, to the last bit. (The
+    long form of this test is `python tests/benchmark_scale.py kills`.)"""
     out, rng = tmp_path / "run", random.Random(0)
-    training = ["train", "--preset", "tiny", "--data", str(data), "--out", str(out), "--steps", "30", "--save-every", "5"]
+    training = ["train", "--preset", "tiny", "--data", str(data), "--out", str(out), "--steps", "30", "--save-every",
+                "5"]
     sampling = ["sample", "--run", str(out), "--num", "40", "--out", str(tmp_path / "samples.npz")]
     for command, kills in ((training, 3), (sampling, 2)):
         for _ in range(kills):
@@ -155,7 +157,8 @@ def test_room_for_the_arrays_is_taken_before_the_work(run, stage0, monkeypatch, 
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     before = contents(run)
-    refused(sample.main, ["--run", run, "--num", "50", "--out", run / "s.npz"], capsys, "s.npz", "No space left", "free space")
+    refused(sample.main, ["--run", run, "--num", "50", "--out", run / "s.npz"], capsys, "s.npz", "No space left",
+            "free space")
     assert contents(run) == before
     shutil.rmtree(run / "tokens")
     refused(train.main, stage0, capsys, run / "tokens", "free space")
@@ -171,7 +174,8 @@ def test_a_full_disk_keeps_the_last_checkpoint(run, stage0, monkeypatch, capsys)
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
-    refused(train.main, [*stage0[:-4], "--stage", "1", "--steps", "33"], capsys, "stage1.pt", "No space left", "free space")
+    refused(train.main, [*stage0[:-4], "--stage", "1", "--steps", "33"], capsys, "stage1.pt", "No space left",
+            "free space")
     assert (run / "stage1.pt").read_bytes() == before and not list(run.glob("*.tmp*"))
     monkeypatch.undo()
     train.main([*stage0[:-4], "--stage", "1", "--steps", "33"])

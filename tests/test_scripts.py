@@ -54,7 +54,8 @@ def run(finished, tmp_path):
 
 @pytest.fixture
 def arguments(data, tmp_path):
-    return ["--preset", "tiny", "--data", str(data), "--out", str(tmp_path / "run"), "--steps", "30", "--save-every", "5"]
+    return ["--preset", "tiny", "--data", str(data), "--out", str(tmp_path / "run"), "--steps", "30", "--save-every",
+            "5"]
 
 
 # Training ------------------------------------------------------------------------------------------------------------
@@ -65,7 +66,8 @@ def test_a_run_holds_what_it_should(finished):
         "tokenizers.pt", "tokens", "stage0.pt", "stage0.csv", "stage1.pt", "stage1.csv", "stage2.pt", "stage2.csv"}
     cache = TokenCache(finished / "tokens")
     assert cache.codes.shape == (2, 120, 16) and cache.moments.shape == (2, 120, 16, 8)
-    assert cache.meta["classes"] == [str(i) for i in range(10)] and cache.labels.tolist() == [i % 10 for i in range(120)]
+    assert cache.meta["classes"] == [str(i) for i in range(10)]
+    assert cache.labels.tolist() == [i % 10 for i in range(120)]
     rows = [line.split(",") for line in (finished / "stage1.csv").read_text().split()]
     assert rows[0][:3] == ["step", "loss", "validation"] and [int(row[0]) for row in rows[1:]] == list(range(1, 31))
 
@@ -137,7 +139,8 @@ def test_a_signal_during_the_last_save_of_a_stage_stops_too(arguments, monkeypat
 
 def test_a_signal_to_the_whole_group_saves_too(run, data):
     """As `timeout` and job schedulers send it: twice at once, and to the processes that read data as well."""
-    process = subprocess.Popen([sys.executable, TINY, "train", "--preset", "tiny", "--data", data, "--out", run, "--stage", "1",
+    process = subprocess.Popen([sys.executable, TINY, "train", "--preset", "tiny", "--data", data, "--out", run,
+                                "--stage", "1",
                                 "--steps", "100000", "--workers", "1"],
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
     said = ""
@@ -148,7 +151,8 @@ def test_a_signal_to_the_whole_group_saves_too(run, data):
     os.kill(process.pid, signal.SIGTERM)
     os.killpg(process.pid, signal.SIGTERM)
     said += process.communicate(timeout=60)[0]
-    assert process.returncode == 128 + signal.SIGTERM and "run the same command again" in said and "Traceback" not in said, said
+    assert process.returncode == 128 + signal.SIGTERM, said
+    assert "run the same command again" in said and "Traceback" not in said, said
 
 
 def test_killed_runs_resume_bit_for_bit(finished, arguments, capsys):
@@ -179,13 +183,15 @@ def test_killed_runs_resume_bit_for_bit(finished, arguments, capsys):
 
 def start(script, *arguments, processes=1, double=False):
     """Run a script in processes of its own; `double` computes in float64."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "--"] if processes > 1 else []
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
+                "--"] if processes > 1 else []
     subprocess.run([sys.executable, *torchrun, TINY, script, *arguments], check=True, capture_output=True, timeout=300,
                    env=dict(os.environ, OMP_NUM_THREADS="1", TINY_DTYPE="float64" if double else "float32"))
 
 
 def test_two_processes_train_as_one(data, tmp_path):
-    """The same draws, dealt out: in float64 20 steps of every stage give the same losses and weights, up to rounding."""
+    """The same draws, dealt out: in float64 20 steps of every stage give the same losses and weights, up to
+    rounding."""
     def train_with(name, *more, processes=2):
         out = tmp_path / name
         start("train", "--preset", "tiny", "--data", data, "--out", out, "--steps", "20", *more,
@@ -196,11 +202,13 @@ def test_two_processes_train_as_one(data, tmp_path):
     for two in (train_with("two"), train_with("accumulating", "--accumulate", "2")):
         for stage in (0, 1, 2):
             expected, found = load(one / f"stage{stage}.pt"), load(two / f"stage{stage}.pt")
-            np.testing.assert_allclose(np.array(found["log"])[:, 1:3], np.array(expected["log"])[:, 1:3], rtol=0, atol=1.1e-5)  # 5 digits
+            np.testing.assert_allclose(np.array(found["log"])[:, 1:3], np.array(expected["log"])[:, 1:3], rtol=0,
+                                       atol=1.1e-5)  # 5 digits
             for part in ("model", "ema"):
                 for name, value in expected[part].items():
                     assert value.dtype == torch.float64 or not value.is_floating_point()
-                    torch.testing.assert_close(found[part][name], value, rtol=1e-9, atol=1e-9 * value.abs().max().item())
+                    torch.testing.assert_close(found[part][name], value, rtol=1e-9,
+                                               atol=1e-9 * value.abs().max().item())
         for name in ("codes.npy", "labels.npy"):
             assert (one / "tokens" / name).read_bytes() == (two / "tokens" / name).read_bytes()
 
@@ -266,7 +274,8 @@ def test_the_share_of_hidden_places_is_the_configs():
     for deviation, smallest in ((0.25, 0.7), (1.0, 0.1)):  # MAR's, the demo's
         config = d2c.ContinuousConfig(hidden_share=(deviation, smallest))
         ours = [train.count_hidden(16, config, (i + 0.5) / 2000) for i in range(2000)]
-        drawn = torch.nn.init.trunc_normal_(torch.empty(20000), 1.0, deviation, smallest, 1.0, torch.Generator().manual_seed(0))
+        drawn = torch.nn.init.trunc_normal_(torch.empty(20000), 1.0, deviation, smallest, 1.0,
+                                            torch.Generator().manual_seed(0))
         assert set(ours) == set(range(math.ceil(16 * smallest), 17))
         expected = (16 * drawn).ceil().int().bincount(minlength=17) / 20000
         torch.testing.assert_close(torch.tensor(ours).bincount(minlength=17) / 2000, expected, atol=0.015, rtol=0)
@@ -276,15 +285,17 @@ def test_validation_hides_the_same_shares_for_every_seed(finished):
     """Spread over the batch, so that losses of two seeds compare."""
     cache, config = TokenCache(finished / "tokens"), d2c.ContinuousConfig(hidden_share=(1.0, 0.1))
     read = functools.partial(train.read_latents, cache, config)
-    counts = {tuple(len(train.Pictures(read, np.arange(100), 8, 2, seed, held_out=True)[0, place][2]) for place in range(8))
+    counts = {tuple(len(train.Pictures(read, np.arange(100), 8, 2, seed, held_out=True)[0, row][2]) for row in range(8))
               for seed in range(4)}
     assert len(counts) == 1 and len(set(counts.pop())) == 4
     pictures = train.Pictures(read, np.arange(100), 8, 2, 0, held_out=True)
-    assert all(torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for a, b in zip(pictures[0, 3], pictures[9, 3]))  # at every step
+    pairs = zip(pictures[0, 3], pictures[9, 3])  # at every step
+    assert all(torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for a, b in pairs)
 
 
 def test_weight_decay_spares_vectors_and_the_diffusion_head():
-    model = d2c.ContinuousGenerator(d2c.ContinuousConfig(channels=4, num_classes=3, grid=(2, 2), width=8, encoder_depth=1,
+    model = d2c.ContinuousGenerator(d2c.ContinuousConfig(channels=4, num_classes=3, grid=(2, 2), width=8,
+                                                         encoder_depth=1,
                                                          decoder_depth=1, num_heads=1, head_depth=1, head_width=8))
     decayed, free = train.parameter_groups(model, 0.02)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -306,7 +317,8 @@ def test_with_a_decaying_rate_the_number_of_steps_belongs_to_the_run(arguments, 
     monkeypatch.setitem(d2c.PRESETS, "tiny", dict(preset, train=training))
     train.main([*arguments[:-4], "--stage", "1", "--steps", "3"])
     before = contents(arguments[5])
-    refused(train.main, [*arguments[:-4], "--stage", "1", "--steps", "4"], capsys, "stage1.pt", "steps 3", "steps 4", "--out")
+    refused(train.main, [*arguments[:-4], "--stage", "1", "--steps", "4"], capsys, "stage1.pt", "steps 3", "steps 4",
+            "--out")
     assert contents(arguments[5]) == before
     train.main([*arguments[:-4], "--stage", "1", "--steps", "3"])
     assert "finished (3 steps)" in capsys.readouterr().out
@@ -314,7 +326,8 @@ def test_with_a_decaying_rate_the_number_of_steps_belongs_to_the_run(arguments, 
 
 def test_the_gradient_of_each_tokenizer_is_clipped_by_itself(monkeypatch):
     clipped = []
-    monkeypatch.setattr(train.nn.utils, "clip_grad_norm_", lambda parameters, norm: clipped.append({id(p) for p in parameters}))
+    monkeypatch.setattr(train.nn.utils, "clip_grad_norm_",
+                        lambda parameters, norm: clipped.append({id(p) for p in parameters}))
     preset = d2c.PRESETS["tiny"]
     vq, kl = VQTokenizer(TokenizerConfig(**preset["vq"])), KLTokenizer(TokenizerConfig(**preset["kl"]))
     model = train.Tokenizers(vq, kl)
@@ -322,17 +335,20 @@ def test_the_gradient_of_each_tokenizer_is_clipped_by_itself(monkeypatch):
     args = train.parse(["--device", "cpu"])[1]
     settings = dict(preset["train"][0], stage=0, steps=6)
     batch = torch.zeros(2, 3, 16, 16), torch.zeros(2, 4, 4, 4)
-    train.training_step(model, torch.optim.swa_utils.AveragedModel(model), optimizer, batch, 0, settings, args, processes)
+    train.training_step(model, torch.optim.swa_utils.AveragedModel(model), optimizer, batch, 0, settings, args,
+                        processes)
     assert clipped == [{id(p) for p in vq.parameters()}, {id(p) for p in kl.parameters()}]
 
 
 def test_published_weights_start_a_stage(run, data, tmp_path, capsys):
     """--init with MAR's layout into a model with fusion, from a file of MAR's form."""
     file = load(run / "stage2.pt")
-    mar = {key: value for key, value in file["ema"].items() if not key.startswith(("fusion", "code_embedding", "null_code"))}
+    added = ("fusion", "code_embedding", "null_code")
+    mar = {key: value for key, value in file["ema"].items() if not key.startswith(added)}
     torch.save({"model": {key: value + 1 for key, value in mar.items()}, "model_ema": mar}, tmp_path / "mar.pth")
     (run / "stage2.pt").unlink()
-    command = ["--preset", "tiny", "--out", str(run), "--stage", "2", "--steps", "1", "--lr", "1e-12", "--fusion", "qformer"]
+    command = ["--preset", "tiny", "--out", str(run), "--stage", "2", "--steps", "1", "--lr", "1e-12", "--fusion",
+               "qformer"]
     train.main([*command, "--init", str(tmp_path / "mar.pth")])
     assert "starting from" in capsys.readouterr().out
     started = load(run / "stage2.pt")["model"]
@@ -346,13 +362,15 @@ def test_tokens_are_made_in_full_float32(monkeypatch):
     seen, original = [], tokenizers.Encoder.forward
 
     def look(self, images):
-        seen.append((torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32, torch.is_autocast_enabled("cpu")))
+        seen.append((torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32,
+                     torch.is_autocast_enabled("cpu")))
         return original(self, images)
 
     monkeypatch.setattr(tokenizers.Encoder, "forward", look)
     einsum = torch.einsum
     monkeypatch.setattr(torch, "einsum", lambda *a: seen.append(
-        (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32, torch.is_autocast_enabled("cpu"))) or einsum(*a))
+        (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32,
+         torch.is_autocast_enabled("cpu"))) or einsum(*a))
     preset, images = d2c.PRESETS["tiny"], torch.rand(2, 3, 16, 16)
     vq, kl = VQTokenizer(TokenizerConfig(**preset["vq"])), KLTokenizer(TokenizerConfig(**preset["kl"]))
     before = torch.get_float32_matmul_precision()
@@ -373,7 +391,8 @@ def test_bf16_runs_in_every_stage(arguments, tmp_path):
 
 
 def test_seeds_of_different_purposes_differ():
-    assert len({seed_of(*numbers) for numbers in ((0,), (0, 0), (0, 0, 0), (0, 1), (1, 0), (0, 1, 0), (0, 1, 0, 0))}) == 7
+    assert len({seed_of(*numbers) for numbers in ((0,), (0, 0), (0, 0, 0), (0, 1), (1, 0), (0, 1, 0),
+                                                  (0, 1, 0, 0))}) == 7
     shares = np.array([seed_of(0, 2, step) / 2**63 for step in range(4000)])  # what a batch shares
     assert abs(shares.mean() - 0.5) < 0.02 and (np.histogram(shares, 20, (0, 1))[0] > 140).all()
 
@@ -403,12 +422,15 @@ def test_seed_and_settings_decide_the_pictures(finished, tmp_path):
 
 
 def test_published_files_alone(tmp_path, data, capsys):
-    """The README's commands for LlamaGen alone, MAR alone, and a run on published tokenizers, at the goldens' small sizes."""
+    """The README's commands for LlamaGen alone, MAR alone, and a run on published tokenizers, at the goldens' small
+    sizes."""
     vq = published_file("llamagen_vq_tiny_ch32", tmp_path / "vq.pt", "model")
     kl = published_file("mar_kl_tiny_ch32", tmp_path / "kl.ckpt", "model")
     gpt = published_file("llamagen_gpt_tiny", tmp_path / "gpt.pt", "model")
-    mar = d2c.ContinuousGenerator(d2c.ContinuousConfig(channels=4, num_classes=10, grid=(4, 4), width=64, encoder_depth=1, num_heads=1,
-                                                       decoder_depth=1, buffer_size=4, head_depth=1, head_width=32)).state_dict()
+    mar = d2c.ContinuousGenerator(d2c.ContinuousConfig(channels=4, num_classes=10, grid=(4, 4), width=64,
+                                                       encoder_depth=1, num_heads=1,
+                                                       decoder_depth=1, buffer_size=4, head_depth=1,
+                                                       head_width=32)).state_dict()
     torch.save({"model": mar, "model_ema": mar}, tmp_path / "mar.pth")
     few = ["--num", "2", "--steps", "4", "--diffusion-steps", "5:3"]
     sample.main(["--vq", vq, "--stage1", gpt, "--num", "2", "--out", str(tmp_path / "coarse.png")])
@@ -419,8 +441,10 @@ def test_published_files_alone(tmp_path, data, capsys):
     train.main([*run, "--steps", "2"])
     sample.main(["--run", str(tmp_path / "run"), *few])
     cache = TokenCache(tmp_path / "run" / "tokens")
-    assert cache.meta["channels"] == 4 and cache.meta["codebook_size"] == 64 and (tmp_path / "run" / "samples.png").exists()
-    refused(sample.main, ["--vq", vq, "--stage1", gpt, "--kl", kl, "--stage2", tmp_path / "mar.pth"], capsys, "token grid")
+    assert cache.meta["channels"] == 4 and cache.meta["codebook_size"] == 64
+    assert (tmp_path / "run" / "samples.png").exists()
+    refused(sample.main, ["--vq", vq, "--stage1", gpt, "--kl", kl, "--stage2", tmp_path / "mar.pth"], capsys,
+            "token grid")
     refused(train.main, [*run, "--data", data, "--vq", gpt, "--kl", kl], capsys, "made with vq")
 
 
@@ -428,13 +452,14 @@ def test_published_pictures_of_384_pixels(tmp_path, monkeypatch):
     """--size gives LlamaGen's larger grid; an .npz for the evaluation is reduced to 256 pixels, as LlamaGen does."""
     vq = published_file("llamagen_vq_tiny_ch32", tmp_path / "vq.pt", "model")
     gpt = published_file("llamagen_gpt_tiny", tmp_path / "gpt.pt", "model")
-    pipeline = sample.Pipeline.from_published(vq, gpt, size=96)  # this small VQ has places of 4 pixels, the published one of 16
+    pipeline = sample.Pipeline.from_published(vq, gpt, size=96)  # a place is 4 pixels wide here, 16 in the published VQ
     assert pipeline.grid == (24, 24) and pipeline.size == 96 and pipeline.discrete.rotary.shape[0] == 1 + 24 * 24
     images = torch.rand(1, 3, 384, 384) * 2 - 1
     pipeline.size = 256
     expected = torch.nn.functional.interpolate(images, (256, 256), mode="bicubic").mul(127.5).add(128).clamp(0, 255)
     assert np.array_equal(pipeline.finish(images)[0], expected.to(torch.uint8)[0].permute(1, 2, 0))
-    monkeypatch.setattr(sample.Pipeline, "batch", lambda self, labels, *rest: [np.zeros((1, self.size, self.size, 3)), None])
+    monkeypatch.setattr(sample.Pipeline, "batch",
+                        lambda self, labels, *rest: [np.zeros((1, self.size, self.size, 3)), None])
     sample.main(["--vq", vq, "--stage1", gpt, "--size", "384", "--num", "1", "--out", str(tmp_path / "a.npz")])
     assert np.load(tmp_path / "a.npz")["arr_0"].shape == (1, 256, 256, 3)
 
@@ -461,7 +486,8 @@ def test_in_a_notebook(finished, tmp_path):
     labels = [i % 10 for i in range(20)]
     coarse, fine = pipeline(labels, seed=3)
     sample.main(["--run", str(finished), "--num", "20", "--seed", "3", "--out", str(tmp_path / "fine.npz")])
-    assert coarse.shape == fine.shape == (20, 16, 16, 3) and np.array_equal(np.load(tmp_path / "fine.npz")["arr_0"], fine)
+    assert coarse.shape == fine.shape == (20, 16, 16, 3)
+    assert np.array_equal(np.load(tmp_path / "fine.npz")["arr_0"], fine)
     assert not np.array_equal(pipeline(labels, seed=3, cfg2=5.0)[1], fine)
     assert sample.Pipeline.from_run(finished, coarse=True)(labels, seed=3)[1] is None
 
@@ -487,7 +513,8 @@ def test_fine_pictures_from_the_codes_of_photographs(finished, tmp_path, capsys)
             sheets.append(np.asarray(sheet))
     assert sheets[0].shape[0] == 20 + 6 * 96 + 6 and tuple(sheets[0][60, -150]) == (255, 0, 0)
     assert not np.array_equal(sheets[0], sheets[1]) and not np.array_equal(sheets[0], sheets[2])
-    refused(sample.main, ["--run", finished, "--from", photos[0], "--out", tmp_path / "a.npz"], capsys, "--from", ".png")
+    refused(sample.main, ["--run", finished, "--from", photos[0], "--out", tmp_path / "a.npz"], capsys, "--from",
+            ".png")
     refused(sample.main, ["--run", finished, "--coarse", "--from", photos[0]], capsys, "--from needs")
 
 
@@ -593,7 +620,8 @@ def test_bad_flags(tmp_path, capsys):
     refused(train.main, ["--preset", "giant"], capsys, "giant", "demo")
     refused(train.main, ["--nonsense"], capsys, "--nonsense")
     refused(train.main, [*base], capsys, "preset tiny needs --data")
-    refused(train.main, ["--preset", "B", "--data", "shapes", "--out", tmp_path / "run"], capsys, "--vq FILE and --kl FILE")
+    refused(train.main, ["--preset", "B", "--data", "shapes", "--out", tmp_path / "run"], capsys,
+            "--vq FILE and --kl FILE")
     refused(train.main, [*base, "--data", "shapes", "--vq", "a.pt"], capsys, "--vq and --kl")
     refused(train.main, [*base, "--data", "shapes", "--batch-size", "7", "--accumulate", "2"], capsys, "divisible")
     refused(train.main, [*base, "--init", "a.pt"], capsys, "--init needs --stage")
@@ -653,12 +681,14 @@ def test_a_broken_image_in_a_worker_process(tmp_path, capsys):
     (tmp_path / "data" / "cat").mkdir(parents=True)
     for name in "abc":
         (tmp_path / "data" / "cat" / f"{name}.jpg").write_bytes(b"no picture")
-    refused(train.main, ["--preset", "tiny", "--data", tmp_path / "data", "--out", tmp_path / "run", "--workers", "1"], capsys,
+    refused(train.main, ["--preset", "tiny", "--data", tmp_path / "data", "--out", tmp_path / "run", "--workers", "1"],
+            capsys,
             ".jpg", "repair or remove this picture")
 
 
 def test_folders_of_all_kinds_of_images(tmp_path):
-    """Grey, palette, RGBA, 16-bit and CMYK pictures of any size; a hidden folder is no class, an empty one keeps its id."""
+    """Grey, palette, RGBA, 16-bit and CMYK pictures of any size; a hidden folder is no class, an empty one keeps its
+    id."""
     root = tmp_path / "data"
     for folder in (".cache", "ant", "bee", "cat"):
         (root / folder).mkdir(parents=True)
@@ -673,7 +703,8 @@ def test_folders_of_all_kinds_of_images(tmp_path):
 def test_unequal_token_grids(tmp_path, data, monkeypatch, capsys):
     preset = dict(d2c.PRESETS["tiny"], vq=dict(d2c.PRESETS["tiny"]["vq"], patch=8))
     monkeypatch.setitem(d2c.PRESETS, "tiny", preset)
-    refused(train.main, ["--preset", "tiny", "--data", data, "--out", tmp_path / "run"], capsys, "grids", "differ", "8 and 4")
+    refused(train.main, ["--preset", "tiny", "--data", data, "--out", tmp_path / "run"], capsys, "grids", "differ",
+            "8 and 4")
     assert not list((tmp_path / "run").iterdir())
 
 
@@ -721,8 +752,10 @@ class Bomb:
 
 def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(run, capsys):
     """And what is saved before the first bad step is finite, even when every step is saved."""
-    before, command = (run / "stage1.pt").read_bytes(), ["--preset", "tiny", "--out", run, "--stage", "1", "--steps", "40"]
-    refused(train.main, [*command, "--lr", "1e30"], capsys, "not finite at step 3", "rate", "--lr", "Earlier saves are whole")
+    before, command = (run / "stage1.pt").read_bytes(), ["--preset", "tiny", "--out", run, "--stage", "1", "--steps",
+                                                         "40"]
+    refused(train.main, [*command, "--lr", "1e30"], capsys, "not finite at step 3", "rate", "--lr",
+            "Earlier saves are whole")
     assert (run / "stage1.pt").read_bytes() == before
     refused(train.main, [*command, "--lr", "1e30", "--save-every", "1"], capsys, "not finite at step 3")
     file = load(run / "stage1.pt")

@@ -40,7 +40,8 @@ def test_stage1_compiles_one_code_once():
     assert torch.equal(codes(compiled, cfg_scale=2.0), codes(model, cfg_scale=2.0))
     warm = backend.graphs
     assert warm == 1
-    for settings in (dict(cfg_scale=3.0), dict(cfg_scale=2.0, temperature=0.5, top_k=3, top_p=0.9), dict(cfg_scale=2.0, cfg_interval=4)):
+    for settings in (dict(cfg_scale=3.0), dict(cfg_scale=2.0, temperature=0.5, top_k=3, top_p=0.9),
+                     dict(cfg_scale=2.0, cfg_interval=4)):
         with torch.compiler.set_stance("fail_on_recompile"):
             assert torch.equal(codes(compiled, **settings), codes(model, **settings))
     assert backend.graphs == warm
@@ -48,7 +49,8 @@ def test_stage1_compiles_one_code_once():
 
 @pytest.mark.parametrize("kind", ["none", "cross", "qformer"])
 def test_stage2_compiles_nothing_after_warm_up(kind):
-    """Whatever the number of token steps, and with it of places visible and drawn, of diffusion steps, and the guidance."""
+    """Whatever the number of token steps, and with it of places visible and drawn, of diffusion steps, and the
+    guidance."""
     model = continuous(kind, grid=(8, 8))
     compiled, backend = copy.deepcopy(model), Counter()
     d2c.compile_parts(compiled, backend=backend)
@@ -60,7 +62,7 @@ def test_stage2_compiles_nothing_after_warm_up(kind):
     for settings in ((16, 2.0, 3), (5, 2.0, (4, 3))):
         latents(compiled, *settings)
     warm = backend.graphs
-    assert 0 < warm <= 10  # a block: first sizes, any sizes, and the last one twice; a denoising step: first, any rows, any schedule
+    assert 0 < warm <= 10  # of a block: first sizes, then any; of a denoising step: first, any rows, any schedule
     for settings in ((16, 3.0, 4), (9, 2.5, 6), (3, 2.0, (6, 2))):
         with torch.compiler.set_stance("fail_on_recompile"):
             torch.testing.assert_close(latents(compiled, *settings), latents(model, *settings), atol=1e-5, rtol=1e-5)
@@ -77,7 +79,8 @@ def test_training_compiles_nothing_after_warm_up():
 
     def loss(model, hidden):
         generator = torch.Generator().manual_seed(hidden)
-        t, noise = torch.randint(1000, (3, hidden, 2), generator=generator), torch.randn(3, hidden, 2, 4, generator=generator)
+        t = torch.randint(1000, (3, hidden, 2), generator=generator)
+        noise = torch.randn(3, hidden, 2, 4, generator=generator)
         return model(latents, order[:, hidden:], order[:, :hidden], labels, codes, t, noise)
 
     for hidden in (45, 50, 64, 63):  # 64 hidden: none visible
@@ -103,7 +106,8 @@ def test_wide_generators_sample_the_same_by_onednn():
 
 
 def test_nothing_waits_for_the_device():
-    """Fake tensors have no values: a loop that asks for one (.item(), a boolean index) would fail, as this shows first."""
+    """Fake tensors have no values: a loop that asks for one (.item(), a boolean index) would fail, as this shows
+    first."""
     for steps in (4, 5, 6, 1000):
         d2c.schedule_tables(steps, torch.device("cpu"), torch.float32)  # kept for later calls: not to be made of fakes
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -112,7 +116,8 @@ def test_nothing_waits_for_the_device():
         latents, order, labels, codes = batch()
         t, noise = torch.randint(1000, (3, 10, 2)), torch.randn(3, 10, 2, 4)
         assert discrete().generate(labels, 2.0, 0.9, top_k=3, top_p=0.9).shape == (3, 16)
-        drawn = d2c.generate(None, continuous("cross"), labels, codes, cfg2=2.0, steps=4, diffusion_steps=(6, 4), clip=5.0)[1]
+        drawn = d2c.generate(None, continuous("cross"), labels, codes, cfg2=2.0, steps=4, diffusion_steps=(6, 4),
+                             clip=5.0)[1]
         assert drawn.shape == (3, 16, 4)
         discrete()(codes, labels).backward()
         continuous("cross")(latents, order[:, :6], order[:, 6:], labels, codes, t, noise).backward()
@@ -122,7 +127,8 @@ def test_annealed_diffusion_steps(monkeypatch):
     model, (_, _, labels, codes), taken = continuous("cross"), batch(), []
     original = d2c.diffusion_sample
     monkeypatch.setattr(d2c, "diffusion_sample", lambda *a: taken.append(a[5]) or original(*a))
-    for steps, token_steps, expected in (((50, 5), 10, [50, 45, 40, 35, 30, 25, 20, 15, 10, 5]), ((50, 5), 1, [50]), (7, 3, [7] * 3)):
+    for steps, token_steps, expected in (((50, 5), 10, [50, 45, 40, 35, 30, 25, 20, 15, 10, 5]), ((50, 5), 1, [50]),
+                                         (7, 3, [7] * 3)):
         taken.clear()
         draw_latents(model, labels, codes, token_steps, 2.0, steps)
         assert taken == expected

@@ -1,6 +1,7 @@
-"""A preset that trains in a second, and the scripts under it:  python tests/tiny.py train --preset tiny --out FOLDER ...
+"""A preset that trains in a second, and the scripts under it: python tests/tiny.py train --preset tiny --out FOLDER ...
 
-Importing this file adds the preset; run as a program it calls a script's main, so that tests can start and kill processes.
+Importing this file adds the preset; run as a program it calls a script's main, so that tests can start and kill
+processes.
 """
 import os
 import sys
@@ -18,9 +19,11 @@ PRESETS["tiny"] = dict(
     size=16, fusion="cross",
     vq=dict(z_channels=8, codebook_size=32, code_dim=4, **SMALL), kl=dict(z_channels=4, **SMALL),
     stage1=dict(width=32, depth=1, num_heads=2, dropout=0.0),
-    stage2=dict(width=32, encoder_depth=1, decoder_depth=1, num_heads=2, buffer_size=2, head_depth=1, head_width=32, dropout=0.0),
+    stage2=dict(width=32, encoder_depth=1, decoder_depth=1, num_heads=2, buffer_size=2, head_depth=1, head_width=32,
+                dropout=0.0),
     train={0: dict(steps=6, **TRAIN), 1: dict(steps=6, **TRAIN), 2: dict(steps=6, **TRAIN)},
-    sample=dict(cfg1=2.0, temperature1=1.0, cfg2=2.0, temperature2=1.0, steps=4, diffusion_steps=5, clip=5.0, batch_size=8))
+    sample=dict(cfg1=2.0, temperature1=1.0, cfg2=2.0, temperature2=1.0, steps=4, diffusion_steps=5, clip=5.0,
+                batch_size=8))
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
