@@ -479,6 +479,7 @@ def main(argv=None):
         args.workers = (4 if on_cuda else 0) if args.workers is None else args.workers
         args.compile = on_cuda if args.compile is None else args.compile
         torch.set_float32_matmul_precision("high")  # TF32 if not bf16; full_float32 in tokenizers.py keeps both off
+        torch.empty(30 * 2**18)  # once such a block is freed, glibc keeps the memory of a step for the next one
         Path(args.out).mkdir(parents=True, exist_ok=True)
         stage0(args, PRESETS[args.preset], processes)
         for stage in (1, 2):
@@ -500,6 +501,11 @@ class TokenCache:
             self.meta = json.loads((folder / "meta.json").read_text())
             self.codes, self.moments, self.labels = (  # asarray: the same memory, quicker to index than np.memmap
                 np.asarray(np.load(folder / f"{name}.npy", "r")) for name in ("codes", "moments", "labels"))
+            count, number, channels = self.meta["count"], math.prod(self.meta["grid"]), self.meta["channels"]
+            shapes = [(2, count, number), (2, count, number, 2 * channels), (count,)]
+            if [array.shape for array in (self.codes, self.moments, self.labels)] != shapes or not {
+                    "run", "tokenizers", "scale", "codebook_size", "classes"} <= self.meta.keys():
+                raise ValueError("its files do not belong together")
 
     def __reduce__(self):
         return TokenCache, (self.folder,)  # a worker process opens the files itself instead of receiving their content
@@ -635,14 +641,14 @@ def save_tokenizers(path, vq, kl, size, fixed, processes):
     return file
 
 def load_tokenizers(path):
-    """(VQTokenizer, KLTokenizer, the file's dict) as saved, in eval mode. Raises InputError."""
+    """(VQTokenizer, KLTokenizer, dict of the file's id, size and run) as saved, in eval mode. Raises InputError."""
     file = read_checkpoint(path)
     with reading(path, "not a tokenizers file of this project"):
         vq, kl = VQTokenizer(TokenizerConfig(**file["vq_config"])), KLTokenizer(TokenizerConfig(**file["kl_config"]))
         vq.load_state_dict(file["vq"])
         kl.load_state_dict(file["kl"])
         kl.scale = float(file["scale"])
-        return vq.eval(), kl.eval(), file
+        return vq.eval(), kl.eval(), {name: file[name] for name in ("id", "size", "run")}
 
 def check_fixed(path, before, fixed):
     """What must stay the same from command to command must be as it was when `path` was made; flags without a default

@@ -711,6 +711,10 @@ def test_unequal_token_grids(tmp_path, data, monkeypatch, capsys):
 def test_half_a_token_cache(run, data, capsys):
     command = ["--preset", "tiny", "--data", data, "--out", run, "--stage", "1", "--steps", "40"]
     whole = contents(run / "tokens")
+    labels = (run / "tokens" / "labels.npy").read_bytes()
+    np.save(run / "tokens" / "labels.npy", np.zeros(7, np.int64))  # somebody else's
+    refused(train.main, command, capsys, "tokens", "do not belong together")
+    (run / "tokens" / "labels.npy").write_bytes(labels)
     truncate(run / "tokens" / "moments.npy")
     refused(train.main, command, capsys, "tokens", "--stage 0")
     (run / "tokens" / "meta.json").unlink()  # as if encoding had been cut off: it is simply done again
