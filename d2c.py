@@ -697,7 +697,7 @@ PRESETS = {
                     guess_weight=2.0),
         train={0: training(800, 32, 8e-3, warmup=50, ema=0.99),
                1: training(1200, 64, 3e-3, warmup=100, ema=0.99, weight_decay=0.05),
-               2: training(1050, 64, 2e-3, warmup=100, ema=0.99, weight_decay=0.02)},
+               2: training(1200, 64, 2e-3, warmup=100, ema=0.99, weight_decay=0.02)},
         sample=dict(cfg1=2.0, temperature1=0.9, cfg2=1.0, temperature2=0.7, steps=8, diffusion_steps=50, clip=5.0,
                     batch_size=100)),
     "cifar": dict(

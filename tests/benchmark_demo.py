@@ -110,7 +110,7 @@ class Rulers:
 # Runs ----------------------------------------------------------------------------------------------------------------
 
 # Steps of stage 2 that take equally long on a CPU: one of none, cross, qformer, aligned takes 0.83, 1, 1.10, 0.84.
-STEPS = {"none": 1270, "cross": 1050, "qformer": 955, "aligned": 1240}
+STEPS = {"none": 1450, "cross": 1200, "qformer": 1090, "aligned": 1420}
 
 
 def trained(folder, kind, seed):
