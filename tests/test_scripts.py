@@ -129,10 +129,12 @@ def test_signals_save_and_say_how_to_go_on(finished, arguments, number, monkeypa
 
 def test_a_signal_during_the_last_save_of_a_stage_stops_too(arguments, monkeypatch, capsys):
     """What was saved is whole, and the next stage does not begin."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs start with SIGINT ignored
     writer = train.csv.writer
     monkeypatch.setattr(train.csv, "writer", lambda file: os.kill(os.getpid(), signal.SIGINT) or writer(file))
     with pytest.raises(SystemExit) as stop:
         train.main([*arguments[:-4], "--steps", "2"])
+    signal.signal(signal.SIGINT, before)
     assert stop.value.code == 130 and "stage 0  step 2/2" in capsys.readouterr().out
     assert load(Path(arguments[5]) / "stage0.pt")["step"] == 2 and not (Path(arguments[5]) / "tokenizers.pt").exists()
 
