@@ -394,7 +394,7 @@ class ImageArray(Dataset):
     """An .npz with `images` uint8 (N,H,W,3), integer `labels` (N,) from 0 upwards and, optionally, `classes`: a name
     for each label. Raises InputError for other arrays."""
     def __init__(self, path, size):
-        with reading(path, "save it with numpy.savez(path, images=..., labels=...)"), np.load(path) as file:
+        with reading(path, "save images=..., labels=... with numpy.savez"), np.load(path, allow_pickle=False) as file:
             images, labels = file["images"], file["labels"]
             classes = file["classes"] if "classes" in file else np.arange(labels.max() + 1)
         if not (images.dtype == np.uint8 and images.ndim == 4 and images.shape[3] == 3 and labels.dtype.kind in "iu"

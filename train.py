@@ -69,12 +69,12 @@ def read_latents(cache, config, index, generator, chance):
     guidance, and codes alone with 0.05, so that the class keeps a meaning of its own."""
     number, channels = cache.moments.shape[2], cache.moments.shape[3] // 2
     flip, drop = torch.rand(2, generator=generator).tolist()
-    side = int(flip < 0.5)
-    moments = torch.from_numpy(cache.moments[side, index].astype(np.float32))                 # (N,2C), see TokenCache
+    mirrored = int(flip < 0.5)
+    moments = torch.from_numpy(cache.moments[mirrored, index].astype(np.float32))             # (N,2C), see TokenCache
     eps = torch.randn(number, channels, generator=generator)
     latents = KLTokenizer.sample(moments, eps, dim=1) * cache.meta["scale"]                   # (N,C), of variance 1
     label = -1 if drop < 0.1 else int(cache.labels[index])
-    codes = torch.from_numpy(cache.codes[side, index].astype(np.int64))                       # (N,)
+    codes = torch.from_numpy(cache.codes[mirrored, index].astype(np.int64))                   # (N,)
     codes = codes.fill_(-1) if drop < 0.15 else codes
 
     count, order = count_hidden(number, config, chance), torch.randperm(number, generator=generator)
@@ -500,7 +500,8 @@ class TokenCache:
         with reading(folder, "the token cache is unfinished or damaged: delete it and run train.py --stage 0"):
             self.meta = json.loads((folder / "meta.json").read_text())
             self.codes, self.moments, self.labels = (  # asarray: the same memory, quicker to index than np.memmap
-                np.asarray(np.load(folder / f"{name}.npy", "r")) for name in ("codes", "moments", "labels"))
+                np.asarray(np.load(folder / f"{name}.npy", "r", allow_pickle=False))
+                for name in ("codes", "moments", "labels"))
             count, number, channels = self.meta["count"], math.prod(self.meta["grid"]), self.meta["channels"]
             shapes = [(2, count, number), (2, count, number, 2 * channels), (count,)]
             if [array.shape for array in (self.codes, self.moments, self.labels)] != shapes or not {
@@ -524,9 +525,9 @@ def encode_images(images, vq, kl, tokenizers_id, folder, fixed, processes, worke
     for (_, rows), (pictures, labels) in zip(shared.work("encoding"), loader):  # work first: it marks the last batch
         shared.arrays["labels"][rows] = labels.numpy()
         x = to_float(pictures.to(processes.device))                                           # (B,3,S,S)
-        for side, view in enumerate((x, x.flip(3))):
-            shared.arrays["codes"][side, rows] = vq.encode(view).flatten(1).cpu().numpy()
-            shared.arrays["moments"][side, rows] = to_tokens(kl.encode(view)).float().cpu().numpy()
+        for mirrored, view in enumerate((x, x.flip(3))):
+            shared.arrays["codes"][mirrored, rows] = vq.encode(view).flatten(1).cpu().numpy()
+            shared.arrays["moments"][mirrored, rows] = to_tokens(kl.encode(view)).float().cpu().numpy()
     processes.wait()
     if processes.rank == 0:
         with writing(folder / "meta.json") as temporary:

@@ -143,7 +143,7 @@ def test_kills_anywhere_lose_nothing(finished, data, tmp_path):
     for name in ("codes.npy", "moments.npy", "labels.npy"):
         assert (out / "tokens" / name).read_bytes() == (finished / "tokens" / name).read_bytes()
     sample.main(["--run", str(finished), "--num", "40", "--out", str(tmp_path / "undisturbed.npz")])
-    cut, whole = (np.load(tmp_path / f"{name}.npz")["arr_0"] for name in ("samples", "undisturbed"))
+    cut, whole = (np.load(tmp_path / f"{name}.npz", allow_pickle=False)["arr_0"] for name in ("samples", "undisturbed"))
     assert np.array_equal(cut, whole)
 
 

@@ -463,7 +463,7 @@ def test_published_pictures_of_384_pixels(tmp_path, monkeypatch):
     monkeypatch.setattr(sample.Pipeline, "batch",
                         lambda self, labels, *rest: [np.zeros((1, self.size, self.size, 3)), None])
     sample.main(["--vq", vq, "--stage1", gpt, "--size", "384", "--num", "1", "--out", str(tmp_path / "a.npz")])
-    assert np.load(tmp_path / "a.npz")["arr_0"].shape == (1, 256, 256, 3)
+    assert np.load(tmp_path / "a.npz", allow_pickle=False)["arr_0"].shape == (1, 256, 256, 3)
 
 
 def test_a_preset_that_nobody_knows_any_more(run, tmp_path, monkeypatch):
@@ -489,7 +489,7 @@ def test_in_a_notebook(finished, tmp_path):
     coarse, fine = pipeline(labels, seed=3)
     sample.main(["--run", str(finished), "--num", "20", "--seed", "3", "--out", str(tmp_path / "fine.npz")])
     assert coarse.shape == fine.shape == (20, 16, 16, 3)
-    assert np.array_equal(np.load(tmp_path / "fine.npz")["arr_0"], fine)
+    assert np.array_equal(np.load(tmp_path / "fine.npz", allow_pickle=False)["arr_0"], fine)
     assert not np.array_equal(pipeline(labels, seed=3, cfg2=5.0)[1], fine)
     assert sample.Pipeline.from_run(finished, coarse=True)(labels, seed=3)[1] is None
 
