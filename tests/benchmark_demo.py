@@ -4,11 +4,13 @@
     python tests/benchmark_demo.py demo --flags --diffusion-steps 50:5                      the same, sampled otherwise
     python tests/benchmark_demo.py cross --steps 4 8 16   a row of the table: trains seeds 0 and 1, then measures them
     python tests/benchmark_demo.py codes|none|qformer|aligned                                            the other rows
+    python tests/benchmark_demo.py picture                real pictures, their reconstructions, and samples, in one grid
+    python tests/benchmark_demo.py ruler                  trains the small network of tests/ruler.pt anew
 
 Stage 2 trains equally long for every row: a kind that takes more time per step takes fewer steps. The rulers, each
 applied to 1,000 sampled pictures:
 
-    accuracy   share whose class a small network names right; it learned from real pictures
+    accuracy   share whose class a small network names right; it learned from real pictures (tests/ruler.pt)
     Frechet    distance to 5,000 real pictures in the features of that network
     Inception  the same in the features of the FID Inception (`fid.py`), with --weights. With so few pictures it is no
                FID as papers print it
@@ -31,33 +33,40 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import fid  # noqa: E402
 import sample  # noqa: E402
 import train  # noqa: E402
-from tokenizers import Shapes, to_float  # noqa: E402
-from train import number, read_checkpoint, user_errors, writing  # noqa: E402
+from tokenizers import Shapes, draw_grid, to_float, to_uint8  # noqa: E402
+from train import load_tokenizers, number, read_checkpoint, user_errors, writing  # noqa: E402
 
+RULER = Path(__file__).with_name("ruler.pt")
 SIZE, REFERENCE_SEED, CLASSIFIER_SEED, TEST_SEED = 32, 1001, 1002, 1003
 
 # Rulers --------------------------------------------------------------------------------------------------------------
 
 def real_pictures(count, seed):
-    """(uint8 (count,S,S,3), class ids (count,)) of the built-in data."""
+    """(uint8 (count,S,S,3), class ids (count,)) of the built-in data, every second picture of a class mirrored: so the
+    generators, which learn from pictures and their mirror images, are to make them."""
     shapes = Shapes(SIZE, count, seed)
-    return np.stack([shapes[i][0] for i in range(count)]), np.arange(count) % len(shapes.classes)
+    pictures, kinds = np.stack([shapes[i][0] for i in range(count)]), len(shapes.classes)
+    mirrored = np.arange(count) // kinds % 2 == 1
+    pictures[mirrored] = pictures[mirrored, :, ::-1]
+    return pictures, np.arange(count) % kinds
 
 
-def make_classifier(path):
-    """The network that names shapes: trained on 20,000 real pictures, or read from `path`."""
-    network = nn.Sequential(
+def small_network():
+    """pictures (B,3,32,32) in [-1,1] -> logits of the ten shapes (B,10)."""
+    return nn.Sequential(
         nn.Conv2d(3, 32, 3, 2, 1), nn.BatchNorm2d(32), nn.ReLU(),                             # (B,32,16,16)
         nn.Conv2d(32, 64, 3, 1, 1), nn.BatchNorm2d(64), nn.ReLU(),                            # (B,64,16,16)
         nn.Conv2d(64, 64, 3, 2, 1), nn.BatchNorm2d(64), nn.ReLU(),                            # (B,64,8,8)
         nn.Conv2d(64, 128, 3, 2, 1), nn.BatchNorm2d(128), nn.ReLU(),                          # (B,128,4,4)
         nn.Flatten(), nn.Linear(128 * 16, len(Shapes.classes)))                               # (B,10)
-    if path.exists():
-        network.load_state_dict(read_checkpoint(path))
-        return network.eval()
+
+
+def make_ruler():
+    """Train the small network on 20,000 real pictures and keep it, in float16. Trained elsewhere it is another ruler,
+    by which no figure of the pages was measured."""
     torch.manual_seed(0)
+    network, epochs, batch_size = small_network(), 4, 125
     pictures, labels = (torch.from_numpy(x) for x in real_pictures(20_000, CLASSIFIER_SEED))
-    epochs, batch_size = 4, 125
     optimizer = torch.optim.AdamW(network.parameters(), 2e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * len(labels) // batch_size)
     for _ in range(epochs):
@@ -66,15 +75,16 @@ def make_classifier(path):
             F.cross_entropy(network(to_float(pictures[chosen])), labels[chosen]).backward()
             optimizer.step()
             schedule.step()
-    with writing(path) as temporary:
-        torch.save(network.state_dict(), temporary)
-    return network.eval()
+    with writing(RULER) as temporary:
+        torch.save(network.half().state_dict(), temporary)
+    print(f"saved {RULER}")
 
 
 class Rulers:
     """`measure` gives a dict: accuracy, Frechet and, with Inception's weights, Inception."""
     def __init__(self, folder, weights=None):
-        self.classifier = make_classifier(folder / "classifier.pt")
+        self.classifier = small_network().eval()
+        self.classifier.load_state_dict(read_checkpoint(RULER))
         self.inception = fid.load_inception(weights) if weights else None
         real = real_pictures(5000, REFERENCE_SEED)[0]
         self.reference = self.small_statistics(real)
@@ -109,8 +119,8 @@ class Rulers:
 
 # Runs ----------------------------------------------------------------------------------------------------------------
 
-# Steps of stage 2 that take equally long on a CPU: one of none, cross, qformer, aligned takes 0.83, 1, 1.10, 0.84.
-STEPS = {"none": 1450, "cross": 1200, "qformer": 1090, "aligned": 1420}
+# Steps of stage 2 that take equally long on a CPU: one of none, cross, qformer, aligned takes 0.86, 1, 1.01, 0.87.
+STEPS = {"none": 930, "cross": 800, "qformer": 790, "aligned": 920}
 
 
 def trained(folder, kind, seed):
@@ -158,14 +168,29 @@ def measure_demo(rulers, run, flags):
         print(f"{name:6}  {summary([rulers.measure(pictures, labels)])}", flush=True)
 
 
-def measure_row(rulers, folder, kind, seeds, token_steps, settings):
+@torch.no_grad()
+def picture(run):
+    """RUN/beside.png: two real pictures of each class, what the tokenizers keep of them, and pictures drawn by the run
+    (its first ones, as in samples.png). None of them is chosen by hand."""
+    real, _ = real_pictures(2 * len(Shapes.classes), TEST_SEED)
+    x, (vq, kl, _) = to_float(torch.from_numpy(real)), load_tokenizers(run / "tokenizers.pt")
+    means = kl.encode(x).chunk(2, 1)[0]                                                       # (20,C,h,w)
+    kept = [to_uint8(decoded).numpy() for decoded in (vq.decode(vq.encode(x)), kl.decode(means))]
+    coarse, fine, _ = sample_pictures(run, count=len(real))
+    rows = {"real": real, "real, VQ": kept[0], "real, KL": kept[1], "coarse": coarse, "fine": fine}
+    with writing(run / "beside.png") as temporary:
+        draw_grid(np.stack([*rows.values()]), Shapes.classes, [*rows]).save(temporary)
+    print(f"saved {run / 'beside.png'}")
+
+
+def measure_row(rulers, folder, kind, seeds, token_steps, flags):
     """One line per number of token steps; for `codes` one line, since stage 2 plays no part."""
     runs = [trained(folder, "cross" if kind == "codes" else kind, seed) for seed in seeds]
     took = f"   stage 2 took {np.mean([seconds_of_stage2(run) for run in runs]):.0f} s" if kind != "codes" else ""
     for steps in token_steps[:1] if kind == "codes" else token_steps:
         measured = []
         for run in runs:
-            coarse, fine, labels = sample_pictures(run, ["--steps", str(steps), *settings])
+            coarse, fine, labels = sample_pictures(run, ["--steps", str(steps), *flags])
             measured.append(rulers.measure(coarse if kind == "codes" else fine, labels))
         what = "" if kind == "codes" else f"{steps:2} token steps"
         print(f"{kind:8} {what:15} {summary(measured)}{took}", flush=True)
@@ -175,17 +200,19 @@ def main(argv=None):
     parser = argparse.ArgumentParser(prog="benchmark_demo.py", usage=argparse.SUPPRESS,
                                      description=__doc__.partition("\n")[0])
     add = parser.add_argument
-    add("what", choices=["demo", "codes", *STEPS])
-    add("--run", type=Path, default=Path("runs/demo"), help="the run that `demo` measures (default runs/demo)")
+    add("what", choices=["ruler", "picture", "demo", "codes", *STEPS])
+    add("--run", type=Path, default=Path("runs/demo"), help="the run of `demo` and `picture` (default runs/demo)")
     add("--folder", type=Path, default=Path("runs/benchmark"), help="where runs and rulers are kept")
     add("--weights", metavar="FILE", help="Inception weights as for fid.py; adds the distance in its features")
     add("--seeds", type=int, nargs="+", default=[0, 1])
     add("--steps", type=number(int, 1), nargs="+", default=[8], help="numbers of token steps to sample with")
-    add("--cfg2", default="1.5", help="guidance of stage 2 in rows (default 1.5)")
-    add("--temperature2", default="1.0", help="its temperature there (default 1.0)")
-    add("--flags", nargs=argparse.REMAINDER, default=[], help="of `demo`, last: flags of sample.py")
+    add("--flags", nargs=argparse.REMAINDER, default=[], help="last: flags of sample.py, as --temperature2 1")
     args = parser.parse_args(argv)
     with user_errors(parser):
+        if args.what == "ruler":
+            return make_ruler()
+        if args.what == "picture":
+            return picture(args.run)
         try:
             rulers = Rulers(args.folder, args.weights)
         except fid.InputError as error:
@@ -193,8 +220,7 @@ def main(argv=None):
         if args.what == "demo":
             measure_demo(rulers, args.run, args.flags)
         else:
-            settings = ["--cfg2", args.cfg2, "--temperature2", args.temperature2]
-            measure_row(rulers, args.folder, args.what, args.seeds, args.steps, settings)
+            measure_row(rulers, args.folder, args.what, args.seeds, args.steps, args.flags)
 
 
 if __name__ == "__main__":
