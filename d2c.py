@@ -662,10 +662,10 @@ def compile_parts(model, **options):
 
 # Presets: sizes and settings of a run; grid, channels, codebook and classes come from tokenizers and data ------------
 
-def training(steps, batch_size, lr, warmup, ema, weight_decay=0.0, decay="cosine", grad_clip=1.0):
-    """Settings of one stage's training; the learning rate is tuned for `batch_size`."""
+def training(steps, batch_size, lr, warmup, ema, weight_decay=0.0, decay="cosine", grad_clip=1.0, muon=False):
+    """Settings of one stage's training; the learning rate is tuned for `batch_size`. muon: see make_optimizers."""
     return dict(steps=steps, batch_size=batch_size, lr=lr, warmup=warmup, ema=ema, weight_decay=weight_decay,
-                decay=decay, grad_clip=grad_clip)
+                decay=decay, grad_clip=grad_clip, muon=muon)
 
 def imagenet_preset(stage1, cfg2, width, depth, heads, head_depth, head_width):
     """ImageNet-256: published tokenizers, the published sizes of the generators, the training settings of LlamaGen (300
@@ -690,15 +690,15 @@ PRESETS = {
     "demo": dict(
         size=32, fusion="cross",
         vq=dict(z_channels=64, width=32, multipliers=(1, 2), patch=4, codebook_size=64, code_dim=8, **SMALL),
-        kl=dict(z_channels=32, width=32, multipliers=(1,), patch=8, **SMALL),
+        kl=dict(z_channels=48, width=32, multipliers=(1,), patch=8, **SMALL),
         stage1=dict(width=128, depth=4, num_heads=4, dropout=0.0),
         stage2=dict(width=128, encoder_depth=2, decoder_depth=2, num_heads=4, buffer_size=4, head_depth=3,
                     head_width=192, dropout=0.0, fusion_depth=1, noise_levels=1, hidden_share=(1.0, 0.1),
                     guess_weight=2.0),
-        train={0: training(800, 32, 8e-3, warmup=50, ema=0.99),
-               1: training(1200, 64, 3e-3, warmup=100, ema=0.99, weight_decay=0.05),
-               2: training(1200, 64, 2e-3, warmup=100, ema=0.99, weight_decay=0.02)},
-        sample=dict(cfg1=2.0, temperature1=0.9, cfg2=1.0, temperature2=0.7, steps=8, diffusion_steps=50, clip=5.0,
+        train={0: training(1400, 48, 8e-3, warmup=50, ema=0.99),
+               1: training(900, 64, 6e-3, warmup=100, ema=0.99, weight_decay=0.05, muon=True),
+               2: training(800, 64, 5e-3, warmup=100, ema=0.99, weight_decay=0.02, muon=True)},
+        sample=dict(cfg1=2.0, temperature1=0.9, cfg2=1.5, temperature2=0.7, steps=8, diffusion_steps=25, clip=5.0,
                     batch_size=100)),
     "cifar": dict(
         size=32, fusion="qformer",
@@ -708,8 +708,8 @@ PRESETS = {
         stage2=dict(width=256, encoder_depth=4, decoder_depth=4, num_heads=4, buffer_size=16, head_depth=3,
                     head_width=384, dropout=0.1, noise_levels=1, hidden_share=(1.0, 0.1), guess_weight=2.0),
         train={0: training(20_000, 64, 3e-3, warmup=200, ema=0.999),
-               1: training(20_000, 256, 1e-3, warmup=500, ema=0.9995, weight_decay=0.05),
-               2: training(50_000, 256, 1e-3, warmup=500, ema=0.9995, weight_decay=0.02)},
+               1: training(20_000, 256, 1e-3, warmup=500, ema=0.9995, weight_decay=0.05, muon=True),
+               2: training(50_000, 256, 1e-3, warmup=500, ema=0.9995, weight_decay=0.02, muon=True)},
         sample=dict(cfg1=1.5, temperature1=1.0, cfg2=1.5, temperature2=1.0, steps=16, diffusion_steps=50, clip=5.0,
                     batch_size=500)),
     "B": imagenet_preset(LLAMAGEN_B, cfg2=2.9, width=768, depth=12, heads=12, head_depth=6, head_width=1024),

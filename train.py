@@ -139,26 +139,66 @@ def ema_decay(step, longest):
     """Decay of the moving average of weights: a young average forgets its random start quickly."""
     return min(longest, (1 + step) / (10 + step))
 
-def parameter_groups(model, weight_decay):
-    """Weight decay on matrices only, and never on the diffusion head (LlamaGen and MAR)."""
-    decayed, free = [], []
+class Muon(torch.optim.Optimizer):
+    """Momentum, made orthogonal before each step: every direction of a matrix learns equally fast, not only the few in
+    which gradients are large (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon). Elements of a step are
+    0.2 of the rate on average, as in AdamW, so one rate suits both (Liu et al. 2025, arXiv 2502.16982).
+
+    torch.optim.Muon(adjust_lr_fn="match_rms_adamw") is the same in bfloat16, which takes twenty times as long on
+    processors that have no instructions for it (docs/speed.md)."""
+    def __init__(self, groups, lr, momentum=0.95):
+        super().__init__(groups, dict(lr=lr, momentum=momentum))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for matrix in group["params"]:
+                momentum = self.state[matrix].setdefault("momentum", torch.zeros_like(matrix))
+                momentum.lerp_(matrix.grad, 1 - group["momentum"])
+                update = orthogonal(matrix.grad.lerp(momentum, group["momentum"]))  # Nesterov's: one step ahead
+                matrix.mul_(1 - group["lr"] * group["weight_decay"])
+                matrix.add_(update, alpha=-group["lr"] * 0.2 * math.sqrt(max(matrix.shape)))
+
+def orthogonal(matrix, iterations=3):
+    """matrix (m,n) -> (m,n): the same singular vectors, with singular values near 1. An iteration takes each value s to
+    3.4445 s - 4.7750 s^3 + 2.0315 s^5, by products alone. (Torch makes five iterations.)"""
+    tall = matrix.shape[0] > matrix.shape[1]
+    x = (matrix.T if tall else matrix) / matrix.norm().clamp(min=1e-7)
+    for _ in range(iterations):
+        square = x @ x.T                                                         # (m,m), or (n,n) if that is smaller
+        x = torch.addmm(x, torch.addmm(square, square, square, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    return x.T if tall else x
+
+def make_optimizers(model, settings):
+    """[AdamW], or with settings["muon"] [AdamW, Muon]. Muon takes the matrices inside the blocks (their names have a
+    number), which map features to features. AdamW keeps the rest: vectors, embeddings, position tables, and first and
+    last layers, where a row stands for one code, class or channel.
+
+    Weight decay on matrices only, and never on the diffusion head (LlamaGen and MAR)."""
+    adamw, muon = {}, {}  # weight decay: parameters
     for name, parameter in model.named_parameters():
-        (decayed if parameter.ndim >= 2 and not name.startswith("diffloss.") else free).append(parameter)
-    return [dict(params=decayed, weight_decay=weight_decay), dict(params=free, weight_decay=0.0)]
+        decay = settings["weight_decay"] if parameter.ndim >= 2 and not name.startswith("diffloss.") else 0.0
+        in_block = parameter.ndim == 2 and re.search(r"\.\d+\.", name)
+        (muon if settings["muon"] and in_block else adamw).setdefault(decay, []).append(parameter)
+    adamw, muon = ([dict(params=params, weight_decay=decay) for decay, params in groups.items()]
+                   for groups in (adamw, muon))
+    optimizers = [torch.optim.AdamW(adamw, lr=settings["lr"], betas=(0.9, 0.95), fused=True)]
+    return optimizers + [Muon(muon, lr=settings["lr"])] if muon else optimizers
 
 def split(batch, pieces, device):
     """A batch, a tuple of tensors, on the device and cut into `pieces`: a list of tuples."""
     return list(zip(*(x.to(device, non_blocking=True).chunk(pieces) for x in batch)))
 
-def training_step(model, average, optimizer, batch, step, settings, args, processes):
+def training_step(model, average, optimizers, batch, step, settings, args, processes):
     """One training step: loss and gradient, clipping, update, moving average. Returns the loss, a tensor.
 
     model: its forward is the loss; among several processes it is wrapped in DistributedDataParallel, which averages the
     gradients. average: an AveragedModel of it. batch: this process's pictures. settings: those of `fit`."""
     bare = model.module if isinstance(model, DistributedDataParallel) else model
     torch.manual_seed(seed_of(args.seed, settings["stage"], step, "dropout", processes.rank))
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate(step, settings["steps"], settings["lr"], settings["warmup"], settings["decay"])
+    rate = learning_rate(step, settings["steps"], settings["lr"], settings["warmup"], settings["decay"])
+    for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
+        group["lr"] = rate
     model.train()
     total, pieces = 0.0, split(batch, args.accumulate, processes.device)
     for k, piece in enumerate(pieces):
@@ -170,8 +210,9 @@ def training_step(model, average, optimizer, batch, step, settings, args, proces
         total = total + loss.detach()
     for module in bare.children() if isinstance(bare, Tokenizers) else [bare]:  # each tokenizer by its own norm
         nn.utils.clip_grad_norm_(module.parameters(), settings["grad_clip"])
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    for optimizer in optimizers:
+        optimizer.step()
+    model.zero_grad(set_to_none=True)
     if isinstance(bare, Tokenizers):
         bare.revive_codes(processes, torch.Generator().manual_seed(seed_of(args.seed, step, "revive")))
     average.multi_avg_fn = get_ema_multi_avg_fn(ema_decay(step, settings["ema"]))
@@ -206,8 +247,7 @@ def fit(stage, model, read, count, defaults, fixed, extra, args, processes):
     model = model.to(device)
     average = AveragedModel(model)
     average.n_averaged.fill_(1)  # else its first update copies the model instead of averaging
-    groups = parameter_groups(model, settings["weight_decay"])
-    optimizer = torch.optim.AdamW(groups, lr=settings["lr"], betas=(0.9, 0.95), fused=device.type == "cuda")
+    optimizers = make_optimizers(model, settings)
     start, log = 0, []
     if path.exists():
         file = read_checkpoint(path)
@@ -215,7 +255,8 @@ def fit(stage, model, read, count, defaults, fixed, extra, args, processes):
         with reading(path, "it does not fit this stage; move it away or choose another --out"):
             model.load_state_dict(file["model"])
             average.module.load_state_dict(file["ema"])
-            optimizer.load_state_dict(file["optimizer"])
+            for optimizer, state in zip(optimizers, file["optimizers"], strict=True):
+                optimizer.load_state_dict(state)
             start, log = int(file["step"]), list(file["log"])
         del file
     if len(set(processes.gather(torch.tensor([start], device=device)).tolist())) > 1:
@@ -228,7 +269,8 @@ def fit(stage, model, read, count, defaults, fixed, extra, args, processes):
         if processes.rank == 0:
             with writing(path) as temporary:
                 torch.save(dict(extra, run=fixed, stage=stage, step=step, log=log, model=model.state_dict(),
-                                ema=average.module.state_dict(), optimizer=optimizer.state_dict()), temporary)
+                                ema=average.module.state_dict(),
+                                optimizers=[optimizer.state_dict() for optimizer in optimizers]), temporary)
             with writing(path.with_suffix(".csv")) as temporary, open(temporary, "w", newline="") as file:
                 columns = "step", "loss", "validation", "learning_rate", "images_per_second", "seconds"
                 csv.writer(file).writerows([columns, *log])
@@ -265,7 +307,7 @@ def fit(stage, model, read, count, defaults, fixed, extra, args, processes):
     began = last = time.time()
     with stop_signals() as received:
         for step, batch in zip(range(start, steps), loader):
-            losses.append(training_step(wrapped, average, optimizer, batch, step, settings, args, processes))
+            losses.append(training_step(wrapped, average, optimizers, batch, step, settings, args, processes))
             done = step + 1
             stop = agree_to_stop(received, done, processes)
             save_now = done % args.save_every == 0 or done == steps or stop
@@ -275,7 +317,7 @@ def fit(stage, model, read, count, defaults, fixed, extra, args, processes):
                 if bad or not math.isfinite(validation):
                     raise InputError(f"stage {stage}: the loss is not finite at step {(bad or [done])[0]}: try --stage "
                                      f"{stage} --lr {settings['lr'] / 3:.1e}, a lower rate. Earlier saves are whole")
-                loss, rate, now = sum(history) / len(history), optimizer.param_groups[0]["lr"], time.time()
+                loss, rate, now = sum(history) / len(history), optimizers[0].param_groups[0]["lr"], time.time()
                 speed, eta = len(history) * batch_size / (now - last), (steps - done) * (now - began) / (done - start)
                 log.append([done, round(loss, 5), round(validation, 5), float(f"{rate:.4g}"), round(speed, 1),
                             round(seconds_before + now - began, 1)])

@@ -437,9 +437,9 @@ def whole_steps(model, batches, stage, args):
     """Training steps of the demo on these batches, with optimizer and moving average: a function to be timed."""
     model, settings = model.to(args.device), d2c.PRESETS["demo"]["train"][stage] | dict(stage=stage)
     average, processes = AveragedModel(model), Processes(args.device.type)
-    optimizer = torch.optim.AdamW(train.parameter_groups(model, settings["weight_decay"]), betas=(0.9, 0.95))
+    optimizers = train.make_optimizers(model, settings)
     flags = SimpleNamespace(seed=0, accumulate=1, dtype=args.dtype)
-    return lambda: [train.training_step(model, average, optimizer, batch, step, settings, flags, processes)
+    return lambda: [train.training_step(model, average, optimizers, batch, step, settings, flags, processes)
                     for step, batch in enumerate(batches)]
 
 

@@ -36,8 +36,8 @@ from train import Processes, load_tokenizers, number, read_checkpoint, user_erro
 PRESETS["laptop"] = PRESETS["cifar"] | dict(
     stage1=PRESETS["demo"]["stage1"], stage2=PRESETS["demo"]["stage2"],
     train={0: training(3000, 32, 6e-3, warmup=50, ema=0.99),
-           1: training(1200, 64, 3e-3, warmup=100, ema=0.99, weight_decay=0.05),
-           2: training(2000, 64, 2e-3, warmup=100, ema=0.995, weight_decay=0.02)},
+           1: training(1080, 64, 6e-3, warmup=100, ema=0.99, weight_decay=0.05, muon=True),
+           2: training(1800, 64, 5e-3, warmup=100, ema=0.995, weight_decay=0.02, muon=True)},
     sample=PRESETS["cifar"]["sample"] | dict(cfg1=3.0, cfg2=1.5, temperature2=0.7, steps=8, diffusion_steps=25))
 
 KINDS = ["codes", "none", "cross", "qformer", "aligned"]

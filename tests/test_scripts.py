@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
+import benchmark_demo
 import d2c
 import sample
 import tokenizers
@@ -176,7 +177,7 @@ def test_killed_runs_resume_bit_for_bit(finished, arguments, capsys):
     assert f"resuming {out}/stage2.pt at step" in capsys.readouterr().out
     for name in ("stage1.pt", "stage2.pt", "stage0.pt"):
         mine, undisturbed = load(out / name), load(finished / name)
-        for part in ("model", "ema", "optimizer", "step"):
+        for part in ("model", "ema", "optimizers", "step"):
             assert same(mine[part], undisturbed[part]), (name, part)
     assert same(load(out / "tokenizers.pt"), load(finished / "tokenizers.pt"))
     for name in ("codes.npy", "moments.npy", "labels.npy"):
@@ -295,15 +296,76 @@ def test_validation_hides_the_same_shares_for_every_seed(finished):
     assert all(torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for a, b in pairs)
 
 
-def test_weight_decay_spares_vectors_and_the_diffusion_head():
-    model = d2c.ContinuousGenerator(d2c.ContinuousConfig(channels=4, num_classes=3, grid=(2, 2), width=8,
-                                                         encoder_depth=1,
-                                                         decoder_depth=1, num_heads=1, head_depth=1, head_width=8))
-    decayed, free = train.parameter_groups(model, 0.02)
+def test_which_optimizer_gets_what():
+    """Weight decay spares vectors and the diffusion head. Muon has the matrices of blocks and nothing else."""
+    model = d2c.ContinuousGenerator(d2c.ContinuousConfig(
+        channels=4, num_classes=3, grid=(2, 2), width=8, encoder_depth=1, decoder_depth=1, num_heads=1, head_depth=1,
+        head_width=8, fusion="cross", codebook_size=5, guess_weight=1.0))
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    assert decayed["weight_decay"] == 0.02 and free["weight_decay"] == 0
-    assert all(p.ndim >= 2 and not names[id(p)].startswith("diffloss") for p in decayed["params"])
-    assert len(decayed["params"]) + len(free["params"]) == len(names)
+
+    def groups(muon):
+        optimizers = train.make_optimizers(model, dict(lr=1e-3, weight_decay=0.02, muon=muon))
+        return [[({names[id(p)]: p for p in group["params"]}, group["weight_decay"])
+                 for group in optimizer.param_groups] for optimizer in optimizers]
+
+    for muon in (False, True):
+        found = groups(muon)
+        assert sorted(name for optimizer in found for group, _ in optimizer for name in group) == sorted(names.values())
+        for name, parameter, decay in [(*item, decay) for optimizer in found for group, decay in optimizer
+                                       for item in group.items()]:
+            assert decay == (0.02 if parameter.ndim >= 2 and not name.startswith("diffloss") else 0), name
+        assert len(found) == 1 + muon
+    hidden = {name: parameter for group, _ in found[1] for name, parameter in group.items()}
+    assert all(parameter.ndim == 2 for parameter in hidden.values())
+    assert {"encoder_blocks.0.attn.qkv.weight", "decoder_blocks.0.mlp.fc2.weight", "fusion.blocks.0.cross.kv.weight",
+            "diffloss.net.res_blocks.0.mlp.0.weight"} <= hidden.keys()
+    others = {name.rpartition(".")[0] or name for name in names.values() if name not in hidden}
+    assert {"class_emb", "z_proj", "code_embedding", "guess", "diffloss.net.input_proj",
+            "diffloss.net.final_layer.linear", "mask_token", "encoder_pos_embed_learned"} <= others
+    first = train.make_optimizers(d2c.DiscreteGenerator(d2c.DiscreteConfig(
+        codebook_size=5, num_classes=3, grid=(2, 2), width=8, depth=1, num_heads=1)),
+        dict(lr=1e-3, weight_decay=0.02, muon=True))[1]
+    assert sum(len(group["params"]) for group in first.param_groups) == 5  # wqkv, wo, w1, w2, w3
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch before 2.9 has no Muon to compare with")
+@pytest.mark.parametrize("shape", [(6, 4), (4, 6), (16, 64)])
+def test_muon_is_that_of_torch(shape):
+    """Up to bfloat16, in which torch computes."""
+    torch.manual_seed(0)
+    start = torch.randn(shape)
+    ours, theirs = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
+    optimizers = (train.Muon([dict(params=[ours], weight_decay=0.1)], lr=0.1),
+                  torch.optim.Muon([theirs], lr=0.1, weight_decay=0.1, adjust_lr_fn="match_rms_adamw", ns_steps=3))
+    for _ in range(3):
+        ours.grad = theirs.grad = torch.randn(shape)
+        for optimizer in optimizers:
+            optimizer.step()
+    moved = (ours - start).norm()
+    assert moved > 1e-2 and (ours - theirs).norm() < 0.02 * moved
+
+
+def test_orthogonal_evens_out_singular_values():
+    torch.manual_seed(0)
+    u, _, v = torch.linalg.svd(torch.randn(12, 30), full_matrices=False)
+    matrix = u * torch.logspace(0, -1, 12) @ v
+    for one, other in ((matrix, u @ v), (1e-3 * matrix.T, (u @ v).T)):
+        values = torch.linalg.svdvals(train.orthogonal(one, iterations=5))
+        assert values.min() > 0.6 and values.max() < 1.3
+        assert (train.orthogonal(one, iterations=5) - other).norm() < 0.3 * other.norm()
+
+
+def test_the_ruler_that_measured_every_figure(tmp_path):
+    """Real pictures, the same ones blurred, and real ones under wrong names."""
+    rulers = benchmark_demo.Rulers(tmp_path)
+    pictures, labels = benchmark_demo.real_pictures(200, benchmark_demo.TEST_SEED)
+    assert labels.tolist()[:12] == [*range(10), 0, 1] and pictures.shape == (200, 32, 32, 3)
+    real = rulers.measure(pictures, labels)
+    assert real["accuracy"] == 1 and real["Frechet"] == pytest.approx(0.0843, abs=5e-5)
+    blurred = np.stack([np.asarray(Image.fromarray(x).resize((8, 8), Image.Resampling.BOX).resize((32, 32)))
+                        for x in pictures])
+    assert rulers.measure(blurred, labels)["Frechet"] == pytest.approx(1.0302, abs=5e-5)
+    assert rulers.measure(pictures, np.roll(labels, 1))["accuracy"] == 0
 
 
 def test_learning_rate():
@@ -333,11 +395,11 @@ def test_the_gradient_of_each_tokenizer_is_clipped_by_itself(monkeypatch):
     preset = d2c.PRESETS["tiny"]
     vq, kl = VQTokenizer(TokenizerConfig(**preset["vq"])), KLTokenizer(TokenizerConfig(**preset["kl"]))
     model = train.Tokenizers(vq, kl)
-    optimizer, processes = torch.optim.AdamW(model.parameters()), train.Processes("cpu")
+    optimizers, processes = [torch.optim.AdamW(model.parameters())], train.Processes("cpu")
     args = train.parse(["--device", "cpu"])[1]
     settings = dict(preset["train"][0], stage=0, steps=6)
     batch = torch.zeros(2, 3, 16, 16), torch.zeros(2, 4, 4, 4)
-    train.training_step(model, torch.optim.swa_utils.AveragedModel(model), optimizer, batch, 0, settings, args,
+    train.training_step(model, torch.optim.swa_utils.AveragedModel(model), optimizers, batch, 0, settings, args,
                         processes)
     assert clipped == [{id(p) for p in vq.parameters()}, {id(p) for p in kl.parameters()}]
 
