@@ -689,15 +689,15 @@ LLAMAGEN_B, LLAMAGEN_L = dict(width=768, depth=12, num_heads=12), dict(width=102
 PRESETS = {
     "demo": dict(
         size=32, fusion="cross",
-        vq=dict(z_channels=64, width=32, multipliers=(1, 2), patch=4, codebook_size=64, code_dim=8, **SMALL),
-        kl=dict(z_channels=48, width=32, multipliers=(1,), patch=8, **SMALL),
+        vq=dict(z_channels=64, width=32, multipliers=(1, 2), patch=4, codebook_size=128, code_dim=8, **SMALL),
+        kl=dict(z_channels=48, width=32, multipliers=(1,), patch=8, kl_weight=2e-4, **SMALL),
         stage1=dict(width=128, depth=4, num_heads=4, dropout=0.0),
         stage2=dict(width=128, encoder_depth=2, decoder_depth=2, num_heads=4, buffer_size=4, head_depth=3,
                     head_width=192, dropout=0.0, fusion_depth=1, noise_levels=1, hidden_share=(1.0, 0.1),
                     guess_weight=2.0),
         train={0: training(1400, 48, 8e-3, warmup=50, ema=0.99),
                1: training(900, 64, 6e-3, warmup=100, ema=0.99, weight_decay=0.05, muon=True),
-               2: training(800, 64, 5e-3, warmup=100, ema=0.99, weight_decay=0.02, muon=True)},
+               2: training(800, 64, 6e-3, warmup=100, ema=0.99, weight_decay=0.02, muon=True)},
         sample=dict(cfg1=2.0, temperature1=0.9, cfg2=1.5, temperature2=0.7, steps=8, diffusion_steps=25, clip=5.0,
                     batch_size=100)),
     "cifar": dict(
