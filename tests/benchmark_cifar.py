@@ -4,7 +4,7 @@
     python tests/benchmark_cifar.py row codes|none|cross|qformer|aligned    trains what it needs, then FID over guidance
     python tests/benchmark_cifar.py steps qformer             FID over the number of token steps and of denoising steps
     python tests/benchmark_cifar.py progress qformer          FID of raw and averaged weights as they are now
-    python tests/benchmark_cifar.py picture qformer           ten classes: coarse above fine above real
+    python tests/benchmark_cifar.py picture qformer           ten classes: coarse, fine, the middle of both, real
 
 All of them need --data cifar10.npz and --weights FILE (or download Inception's). FID is against the statistics of the
 training pictures, by `fid.py` with the half-pixel resize of pytorch-fid, as CIFAR-10 papers measure it. Any command may
@@ -214,9 +214,12 @@ def picture(args):
     with np.load(args.data, allow_pickle=False) as file:
         first = np.unique(file["labels"], return_index=True)[1]                               # a picture per class
         real = file["images"][first]
-    made = pipeline(range(len(first)), flags.seed)
+    coarse, fine = pipeline(range(len(first)), flags.seed)                                    # (10,32,32,3) each
+    rows = {"coarse": coarse, "fine": fine}
+    for name, pictures in (("coarse, middle", coarse), ("fine, middle", fine)):  # enlarged, to see what stage 2 adds
+        rows[name] = pictures[:, 8:24, 8:24].repeat(2, axis=1).repeat(2, axis=2)              # (10,32,32,3)
     with writing(args.folder / "cifar.png") as temporary:
-        draw_grid(np.stack([*made, real]), pipeline.classes, ["coarse", "fine", "real"]).save(temporary)
+        draw_grid(np.stack([*rows.values(), real]), pipeline.classes, [*rows, "real"]).save(temporary)
     print(f"saved {args.folder / 'cifar.png'}")
 
 
