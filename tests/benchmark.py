@@ -5,6 +5,7 @@
     python tests/benchmark.py fusion             what cross-attention and the Q-Former add to training and sampling
     python tests/benchmark.py scaling            stage 2 as the batch and the number of tokens grow
     python tests/benchmark.py loader             what it costs to read a batch, on one thread
+    python tests/benchmark.py muon               a step of the optimizers, with Muon in float32 and torch's in bfloat16
     python tests/benchmark.py precision          the diffusion head in bfloat16 and TF32 against float32, on runs/demo
 
 Weights are random but for the last; no time depends on them. Every time is the median of --rounds calls after one that
@@ -506,6 +507,23 @@ class TF32(torch.autograd.Function):
         return cut @ weight, cut.flatten(0, -2).T @ x.flatten(0, -2), gradient.flatten(0, -2).sum(0)
 
 
+def measure_muon(args, report):
+    """Milliseconds of an optimizer's step for the demo's stage 2, on one thread."""
+    torch.set_num_threads(1)
+    model = make_models("demo")[3]
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    settings = d2c.PRESETS["demo"]["train"][2]
+    alone, = train.make_optimizers(model, settings | dict(muon=False))
+    rest, muon = train.make_optimizers(model, settings)
+    matrices = [parameter for group in muon.param_groups for parameter in group["params"]]
+    theirs = torch.optim.Muon(matrices, lr=settings["lr"], adjust_lr_fn="match_rms_adamw", ns_steps=3)
+    runs = {"AdamW for everything": alone.step, "AdamW and Muon": lambda: (rest.step(), muon.step()),
+            "AdamW and torch.optim.Muon": lambda: (rest.step(), theirs.step())}
+    for name, values in in_turn(runs, args).items():
+        report(f"{name:26}  {spread([1e3 * value for value in values])} ms", name=name, seconds=values)
+
+
 def in_bf16(x, weight, bias):
     return F.linear(x.bfloat16(), weight.bfloat16(), bias.bfloat16()).float()
 
@@ -566,7 +584,7 @@ def measure_precision(args, report):
 
 def main(argv=None):
     commands = dict(loops=measure_loops, originals=measure_originals, fusion=measure_fusion, scaling=measure_scaling,
-                    loader=measure_loader, precision=measure_precision)
+                    loader=measure_loader, muon=measure_muon, precision=measure_precision)
     parser = argparse.ArgumentParser(prog="benchmark.py", usage=argparse.SUPPRESS,
                                      description=__doc__.partition("\n")[0])
     add = parser.add_argument
