@@ -153,9 +153,9 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:
             for matrix in group["params"]:
-                momentum = self.state[matrix].setdefault("momentum", torch.zeros_like(matrix))
-                momentum.lerp_(matrix.grad, 1 - group["momentum"])
-                update = orthogonal(matrix.grad.lerp(momentum, group["momentum"]))  # Nesterov's: one step ahead
+                buffer = self.state[matrix].setdefault("momentum_buffer", torch.zeros_like(matrix))
+                buffer.lerp_(matrix.grad, 1 - group["momentum"])
+                update = orthogonal(matrix.grad.lerp(buffer, group["momentum"]))  # Nesterov's: one step ahead
                 matrix.mul_(1 - group["lr"] * group["weight_decay"])
                 matrix.add_(update, alpha=-group["lr"] * 0.2 * math.sqrt(max(matrix.shape)))
 
@@ -180,10 +180,12 @@ def make_optimizers(model, settings):
         decay = settings["weight_decay"] if parameter.ndim >= 2 and not name.startswith("diffloss.") else 0.0
         in_block = parameter.ndim == 2 and re.search(r"\.\d+\.", name)
         (muon if settings["muon"] and in_block else adamw).setdefault(decay, []).append(parameter)
-    adamw, muon = ([dict(params=params, weight_decay=decay) for decay, params in groups.items()]
-                   for groups in (adamw, muon))
-    optimizers = [torch.optim.AdamW(adamw, lr=settings["lr"], betas=(0.9, 0.95), fused=True)]
-    return optimizers + [Muon(muon, lr=settings["lr"])] if muon else optimizers
+
+    def groups(by_decay):
+        return [dict(params=parameters, weight_decay=decay) for decay, parameters in by_decay.items()]
+
+    optimizers = [torch.optim.AdamW(groups(adamw), lr=settings["lr"], betas=(0.9, 0.95), fused=True)]
+    return optimizers + [Muon(groups(muon), lr=settings["lr"])] if muon else optimizers
 
 def split(batch, pieces, device):
     """A batch, a tuple of tensors, on the device and cut into `pieces`: a list of tuples."""
@@ -197,8 +199,9 @@ def training_step(model, average, optimizers, batch, step, settings, args, proce
     bare = model.module if isinstance(model, DistributedDataParallel) else model
     torch.manual_seed(seed_of(args.seed, settings["stage"], step, "dropout", processes.rank))
     rate = learning_rate(step, settings["steps"], settings["lr"], settings["warmup"], settings["decay"])
-    for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
-        group["lr"] = rate
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = rate
     model.train()
     total, pieces = 0.0, split(batch, args.accumulate, processes.device)
     for k, piece in enumerate(pieces):

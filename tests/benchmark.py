@@ -486,6 +486,23 @@ def measure_loader(args, report):
                        preset="demo", stage=stage, what=what, seconds=values, training=trained, batches=steps)
 
 
+def measure_muon(args, report):
+    """Milliseconds of an optimizer's step for the demo's stage 2, on one thread."""
+    torch.set_num_threads(1)
+    model = make_models("demo")[3]
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    settings = d2c.PRESETS["demo"]["train"][2]
+    alone, = train.make_optimizers(model, settings | dict(muon=False))
+    rest, muon = train.make_optimizers(model, settings)
+    matrices = [parameter for group in muon.param_groups for parameter in group["params"]]
+    theirs = torch.optim.Muon(matrices, lr=settings["lr"], adjust_lr_fn="match_rms_adamw", ns_steps=3)
+    runs = {"AdamW for everything": alone.step, "AdamW and Muon": lambda: (rest.step(), muon.step()),
+            "AdamW and torch.optim.Muon": lambda: (rest.step(), theirs.step())}
+    for name, values in in_turn(runs, args).items():
+        report(f"{name:26}  {spread([1e3 * value for value in values])} ms", name=name, seconds=values)
+
+
 # Precision of the diffusion head -------------------------------------------------------------------------------------
 
 class TF32(torch.autograd.Function):
@@ -505,23 +522,6 @@ class TF32(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         cut = TF32.cut(gradient.contiguous())
         return cut @ weight, cut.flatten(0, -2).T @ x.flatten(0, -2), gradient.flatten(0, -2).sum(0)
-
-
-def measure_muon(args, report):
-    """Milliseconds of an optimizer's step for the demo's stage 2, on one thread."""
-    torch.set_num_threads(1)
-    model = make_models("demo")[3]
-    for parameter in model.parameters():
-        parameter.grad = torch.randn_like(parameter)
-    settings = d2c.PRESETS["demo"]["train"][2]
-    alone, = train.make_optimizers(model, settings | dict(muon=False))
-    rest, muon = train.make_optimizers(model, settings)
-    matrices = [parameter for group in muon.param_groups for parameter in group["params"]]
-    theirs = torch.optim.Muon(matrices, lr=settings["lr"], adjust_lr_fn="match_rms_adamw", ns_steps=3)
-    runs = {"AdamW for everything": alone.step, "AdamW and Muon": lambda: (rest.step(), muon.step()),
-            "AdamW and torch.optim.Muon": lambda: (rest.step(), theirs.step())}
-    for name, values in in_turn(runs, args).items():
-        report(f"{name:26}  {spread([1e3 * value for value in values])} ms", name=name, seconds=values)
 
 
 def in_bf16(x, weight, bias):

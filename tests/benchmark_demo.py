@@ -161,23 +161,28 @@ def summary(measured):
 
 # The command ---------------------------------------------------------------------------------------------------------
 
-def measure_demo(rulers, run, flags):
-    """Real pictures, and what the run draws with the preset's settings and `flags`; coarse and fine."""
-    coarse, fine, labels = sample_pictures(run, flags)
-    for name, pictures in (("real", real_pictures(len(labels), TEST_SEED)[0]), ("coarse", coarse), ("fine", fine)):
-        print(f"{name:6}  {summary([rulers.measure(pictures, labels)])}", flush=True)
-
-
 @torch.no_grad()
+def with_reconstructions(run, count):
+    """{name: uint8 (count,S,S,3)}: real pictures, and what the run's tokenizers keep of them."""
+    real, (vq, kl, _) = real_pictures(count, TEST_SEED)[0], load_tokenizers(run / "tokenizers.pt")
+    x = to_float(torch.from_numpy(real))                                                      # (count,3,S,S)
+    kept = vq.decode(vq.encode(x)), kl.decode(kl.encode(x).chunk(2, 1)[0])
+    return {"real": real, "real, VQ": to_uint8(kept[0]).numpy(), "real, KL": to_uint8(kept[1]).numpy()}
+
+
+def measure_demo(rulers, run, flags):
+    """Real pictures, their reconstructions, and what the run draws with the preset's settings and `flags`."""
+    coarse, fine, labels = sample_pictures(run, flags)
+    for name, pictures in (with_reconstructions(run, len(labels)) | {"coarse": coarse, "fine": fine}).items():
+        print(f"{name:8}  {summary([rulers.measure(pictures, labels)])}", flush=True)
+
+
 def picture(run):
     """RUN/beside.png: two real pictures of each class, what the tokenizers keep of them, and pictures drawn by the run
-    (its first ones, as in samples.png). None of them is chosen by hand."""
-    real, _ = real_pictures(2 * len(Shapes.classes), TEST_SEED)
-    x, (vq, kl, _) = to_float(torch.from_numpy(real)), load_tokenizers(run / "tokenizers.pt")
-    means = kl.encode(x).chunk(2, 1)[0]                                                       # (20,C,h,w)
-    kept = [to_uint8(decoded).numpy() for decoded in (vq.decode(vq.encode(x)), kl.decode(means))]
-    coarse, fine, _ = sample_pictures(run, count=len(real))
-    rows = {"real": real, "real, VQ": kept[0], "real, KL": kept[1], "coarse": coarse, "fine": fine}
+    (the first ones of a seed). None of them is chosen by hand."""
+    count = 2 * len(Shapes.classes)
+    coarse, fine, _ = sample_pictures(run, count=count)
+    rows = with_reconstructions(run, count) | {"coarse": coarse, "fine": fine}
     with writing(run / "beside.png") as temporary:
         draw_grid(np.stack([*rows.values()]), Shapes.classes, [*rows]).save(temporary)
     print(f"saved {run / 'beside.png'}")
