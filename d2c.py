@@ -139,6 +139,8 @@ class DiscreteGenerator(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
+        if config.width % (4 * config.num_heads):
+            raise ValueError(f"num_heads {config.num_heads}: width must be a multiple of four times that")
         self.cls_embedding = nn.ModuleDict({"embedding_table": nn.Embedding(config.num_classes + 1, config.width)})
         self.tok_embeddings = nn.Embedding(config.codebook_size, config.width)
         self.layers = nn.ModuleList(DiscreteBlock(config) for _ in range(config.depth))
@@ -443,6 +445,8 @@ class ContinuousGenerator(nn.Module):
         self.config = config
         width, places = config.width, math.prod(config.grid)
         slots = config.buffer_size + places
+        if width % config.num_heads:
+            raise ValueError(f"num_heads {config.num_heads}: width must be a multiple of that")
 
         def table(rows):
             return nn.Parameter(torch.randn(1, rows, width) * 0.02)

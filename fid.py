@@ -24,10 +24,15 @@ the count (50,000 samples, 50 per class), and lossless files (JPEG changes pixel
 evaluator [Dhariwal & Nichol 2021, arXiv 2105.05233], whose float16 may move precision and recall by 0.01.
 This file imports none of its neighbours: copy it to where you need it.
 """
+import signal
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends quietly, from the first import on
 import argparse
 import contextlib
 import hashlib
 import json
+import math
+import os
 import sys
 import zipfile
 from collections import OrderedDict
@@ -247,6 +252,8 @@ class InputError(Exception):
 def reading(source, remedy):
     """Whatever goes wrong inside becomes one InputError that names the source."""
     try:
+        if os.path.exists(source) and not (os.path.isfile(source) or os.path.isdir(source)):
+            raise ValueError("no regular file")  # opening a named pipe may never end
         yield
     except Exception as error:  # zipfile, zlib, pickle, numpy, Pillow and torch each raise several kinds
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:150] or type(error).__name__
@@ -262,10 +269,27 @@ def load_inception(path=None, device="cpu"):
         model = inception_from_state(torch.load(path or cached, map_location="cpu", weights_only=True))
     return fold_batch_norms(model).to(device, memory_format=torch.channels_last)
 
+SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp")
+
+def find_files(root):
+    """Paths of all files below a folder, sorted. Hidden ones (.name) do not count, links do. Raises OSError."""
+    def fail(error):
+        raise error
+
+    files, seen = [], set()
+    for folder, inside, names in os.walk(root, onerror=fail, followlinks=True):
+        first = (real := os.path.realpath(folder)) not in seen  # a link to a folder above would lead around for ever
+        seen.add(real)
+        inside[:] = sorted(name for name in inside if first and not name.startswith("."))
+        files += [Path(folder, name) for name in names if first and not name.startswith(".")]
+    return sorted(files)
+
 class Folder:
     """All PNG, JPEG and WebP images below a folder. The headers of all are checked before the first is decoded."""
     def __init__(self, path):
-        self.paths = sorted(p for p in Path(path).rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
+        files = find_files(path)
+        self.paths = [file for file in files if file.suffix.lower() in SUFFIXES]
+        self.others = len(files) - len(self.paths)
         np.random.default_rng(0).shuffle(self.paths)  # else a split of the Inception Score would hold few classes
         self.threads, self.size = ThreadPoolExecutor(8), None
         for path in self.paths:
@@ -279,7 +303,7 @@ class Folder:
 
     def read(self, path, header_only=False):
         remedy = "all must be 8-bit RGB and of one size: replace, convert (Pillow: image.convert('RGB')) or remove it"
-        with reading(path, remedy), Image.open(path) as image:
+        with reading(path, remedy), Image.open(path, formats=("PNG", "JPEG", "WEBP")) as image:
             mode = ("16-bit " if "16B" in str(image.tile) else "") + image.mode  # Pillow would quietly drop 8 bits
             self.size = self.size or image.size
             if mode != "RGB" or image.size != self.size:
@@ -289,17 +313,22 @@ class Folder:
 class Archive:
     """The images KEY of an .npz, read slice by slice: numpy would read all, and 50,000 may be 10 GB."""
     def __init__(self, path, key):
-        self.path, self.file = path, zipfile.ZipFile(path).open(f"{key}.npy")
+        archive = zipfile.ZipFile(path)
+        self.path, self.file = path, archive.open(f"{key}.npy")
         np.lib.format.read_magic(self.file)
         self.shape, columns_first, dtype = np.lib.format.read_array_header_1_0(self.file)
         self.start = self.file.tell()
-        if dtype != np.uint8 or columns_first or self.shape[3:] != (3,):
-            raise ValueError(f"{key} is a {dtype} array {self.shape} in {'Fortran' if columns_first else 'C'} order")
+        size = archive.getinfo(f"{key}.npy").file_size - self.start
+        if dtype != np.uint8 or self.shape[3:] != (3,) or min(self.shape[1:]) < 1 or math.prod(self.shape) != size:
+            raise ValueError(f"{key} is a {dtype} array {self.shape} of {size} bytes")
+        self.whole = np.load(path, allow_pickle=False)[key] if columns_first else None  # in no order to read slices in
 
     def __len__(self):
         return self.shape[0]
 
     def __getitem__(self, rows):
+        if self.whole is not None:
+            return self.whole[rows]
         begin, end, _ = rows.indices(len(self))
         size = self.shape[1] * self.shape[2] * 3  # bytes of an image
         with reading(self.path, "the file is damaged: copy it again"):
@@ -323,7 +352,7 @@ class ImageSet:
 
 def read_set(name):
     """The ImageSet of a folder, of FILE.npz, or of FILE.npz:KEY, which is this array alone, as images."""
-    found, remedy = ImageSet(name), "give a folder, or an .npz of uint8 (N,H,W,3) in C order, or one of --make-stats"
+    found, remedy = ImageSet(name), "give a folder, or an .npz of uint8 (N,H,W,3), or one of --make-stats"
     stem, colon, key = name.partition(".npz:")
     path = f"{stem}.npz" if colon else name
     if Path(path).is_dir():
@@ -376,6 +405,8 @@ def caveats(samples, reference, metrics, weights):
     """What commonly spoils the numbers, a line each."""
     gaussians = "FID" in metrics or "sFID" in metrics
     for side in (samples, reference):
+        if others := getattr(side.images, "others", 0):
+            yield f"{side.name}: {others} files that do not end in {', '.join(SUFFIXES)} are passed over"
         if gaussians and side.saved and "resize" not in side.notes:
             yield f"{side.name}: does not say how its images were resized (pytorch-fid's statistics are half_pixel)"
         if gaussians and not side.saved and len(side.images) < 2048:
@@ -433,8 +464,12 @@ def evaluate(args, device):
         side.features = {name: x for name, x in zip(("pool", "spatial", "logits"), found) if x is not None}
     if args.out:
         arrays = dict(zip(STATISTICS, samples.gaussian("FID") + samples.gaussian("sFID")))
-        np.savez(f"{args.out}.tmp.npz", **arrays, resize=args.resize, weights=weights, count=len(samples.images))
-        Path(f"{args.out}.tmp.npz").replace(args.out)
+        temporary = Path(f"{args.out}.tmp.npz")
+        try:
+            np.savez(temporary, **arrays, resize=args.resize, weights=weights, count=len(samples.images))
+            temporary.replace(args.out)
+        finally:
+            temporary.unlink(missing_ok=True)
         print(f"saved {args.out}", file=sys.stderr)
     result = compare(samples, reference, metrics, device)
     if args.bootstrap:
@@ -487,4 +522,6 @@ def main(argv=None):
         report(result)
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show is no reason to end
     main()

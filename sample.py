@@ -12,6 +12,9 @@ The coarse picture is the VQ decoder's view of stage 1's codes; the fine one is 
 latents. Processes take batches in turn, and batch k draws from a generator seeded by (seed, k): the pictures depend on
 --seed, --batch-size, --num and the kind of device, and not on the number of processes.
 """
+import signal
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends quietly
 import argparse
 import functools
 import json
@@ -27,9 +30,9 @@ import torch.utils.mkldnn
 
 from d2c import (PRESETS, ContinuousConfig, ContinuousGenerator, DiscreteConfig, DiscreteGenerator, compile_parts,
                  generate)
+from train import (KL16_SCALE, Processes, SharedArrays, add_device_flags, autocast, entries, load_published,
+                   load_tokenizers, locked, number, read_checkpoint, seed_of, user_errors, word, writing)
 from tokenizers import InputError, KLTokenizer, VQTokenizer, draw_grid, read_image, reading, to_float, to_map, to_uint8
-from train import (KL16_SCALE, Processes, SharedArrays, add_device_flags, autocast, load_published,
-                   load_tokenizers, number, read_checkpoint, seed_of, user_errors, writing)
 
 # The pipeline --------------------------------------------------------------------------------------------------------
 
@@ -89,6 +92,8 @@ class Pipeline:
         self.grid = tuple(config.grid)
         self.size = self.grid[0] * (vq if discrete else kl).config.factor  # side of a picture in pixels
         self.classes = notes.get("classes") or [str(label) for label in range(config.num_classes)]
+        counts = notes.get("counts", [1] * config.num_classes)  # of pictures in training
+        self.trained = [label for label, count in enumerate(counts) if count]
         self.settings = dict(notes.get("sample") or PRESETS["B"]["sample"])
         self.sources = [part["source"] for part in (notes1, notes2) if part]
 
@@ -144,28 +149,33 @@ def load_generator(path, stage, raw=False, grid=(16, 16)):
     with reading(path, "it does not fit this version; train it again"):
         if file["stage"] != stage:
             raise InputError(f"{path}: holds stage {file['stage']}, expected stage {stage}")
-        model = cls(config_cls(**file["config"]))
+        model = cls(config_cls(**entries(file["config"], **config_cls.__annotations__)))
         model.load_state_dict(file["model" if raw else "ema"])
-        notes = {name: file[name] for name in ("step", "classes", "scale", "sample", "tokenizers")}
+        notes = entries(file, step=int, classes=list, counts=list, scale=float, sample=dict, tokenizers=str)
+        entries(notes["sample"], **{name: float for name in PRESETS["B"]["sample"]})
+        if not len(notes["classes"]) == len(notes["counts"]) == model.config.num_classes:
+            raise ValueError("it names more or fewer classes than it has")
         return model, notes | source
 
 # What the command makes ----------------------------------------------------------------------------------------------
 
-def choose_classes(wanted, classes):
-    """Class ids from ids or names (a list of words, which may hold commas), all classes when none are given."""
+def choose_classes(wanted, classes, trained):
+    """Class ids from ids or names (a list of words, which may hold commas), all trained ones when none are given."""
     known = {str(label): label for label in range(len(classes))} | {name: label for label, name in enumerate(classes)}
-    words = [word for word in ",".join(wanted or []).split(",") if word]
-    for word in words:
+    words = [part for word in wanted or [] for part in ([word] if word in known else word.split(",")) if part]
+    for word in words or wanted or []:
         if word not in known:
             names = ", ".join(classes[:10]) + (", ..." if len(classes) > 10 else "")
             raise InputError(f"--classes {word}: unknown; give a name ({names}) or an id from 0 to {len(classes) - 1}")
-    return [known[word] for word in words] or list(range(len(classes)))
+        if known[word] not in trained:
+            raise InputError(f"--classes {word}: the training data had no picture of this class; choose another")
+    return [known[word] for word in words] or trained
 
 def sample(pipeline, args, processes):
     """Sample pictures of the chosen classes, batch by batch and in turn among processes, and save them to args.out: as
     a labelled grid (.png), or the fine ones alone (coarse ones if there is no stage 2) as an array (.npz with arr_0, as
     ADM's evaluator wants it, and what it was made from as the comment of its zip). An interrupted command goes on."""
-    as_grid, chosen = args.out.suffix == ".png", choose_classes(args.classes, pipeline.classes)
+    as_grid, chosen = args.out.suffix == ".png", choose_classes(args.classes, pipeline.classes, pipeline.trained)
     if as_grid:
         chosen = chosen[:min(10, args.num or 10)]  # a column each
     else:
@@ -175,13 +185,17 @@ def sample(pipeline, args, processes):
     processes.say(f"{count} pictures: " + ", ".join(f"{name} {value}" for name, value in pipeline.settings.items()))
     plan = dict(settings=pipeline.settings, seed=args.seed, classes=chosen, count=count, weights=pipeline.sources,
                 tokenizers=[args.vq, args.kl, args.size], raw=args.raw, dtype=[args.dtype, pipeline.device.type])
-    if not as_grid and zipfile.is_zipfile(args.out) and zipfile.ZipFile(args.out).comment == json.dumps(plan).encode():
+    folder = args.out.with_name(args.out.name + ".partial")
+    with reading(args.out, "move it away, or choose another --out"):
+        comment = zipfile.ZipFile(args.out).comment if zipfile.is_zipfile(args.out) else None
+    if comment == json.dumps(plan).encode():
+        if SharedArrays.begun(folder, plan):  # killed before it could clear up
+            shutil.rmtree(folder)
         return processes.say(f"{args.out} is there already, made by the same command")
 
     kinds = [name for name, model in (("coarse", pipeline.discrete), ("fine", pipeline.continuous)) if model]
     kinds = kinds if as_grid else kinds[-1:]
     layout = {"pictures": (np.uint8, (len(kinds), count, size, size, 3))}
-    folder = args.out.with_name(args.out.name + ".partial")
     shared = SharedArrays(folder, plan, layout, count, pipeline.settings["batch_size"], processes)
     for k, rows in shared.work("sampled"):
         made = [pictures for pictures in pipeline.batch(labels[rows], args.seed, k) if pictures is not None]
@@ -190,7 +204,8 @@ def sample(pipeline, args, processes):
     if processes.rank == 0:
         with writing(args.out) as temporary:
             if as_grid:
-                titles = [pipeline.classes[label] for label in chosen]
+                names = [pipeline.classes[label] for label in chosen]
+                titles = [name if name.isascii() else f"{label} {name}" for label, name in zip(chosen, names)]
                 draw_grid(shared.arrays["pictures"], titles, kinds).save(temporary)
             else:
                 np.savez(temporary, arr_0=shared.arrays["pictures"][0])
@@ -208,14 +223,13 @@ def vary(pipeline, args):
     originals = np.stack([read_image(path, pipeline.size) for path in args.photos])           # (n,S,S,3)
     x = to_float(torch.from_numpy(originals)).to(pipeline.device)                             # (n,3,S,S)
     codes, means = pipeline.vq.encode(x).flatten(1), pipeline.kl.encode(x).chunk(2, 1)[0]     # (n,N), (n,C,h,w)
-    chosen = choose_classes(args.classes, pipeline.classes) if args.classes else [-1]
+    chosen = choose_classes(args.classes, pipeline.classes, pipeline.trained) if args.classes else [-1]
     labels = [chosen[i % len(chosen)] for i in range(len(codes))]
     drawn = [pipeline.batch(labels, args.seed, k, codes) for k in range(3)]
     rows = {"original": originals, "KL": pipeline.finish(pipeline.kl.decode(means)), "codes (VQ)": drawn[0][0],
             "fine": drawn[0][1], "again": drawn[1][1], "and again": drawn[2][1]}
     with writing(args.out) as temporary:
-        draw_grid(np.stack([*rows.values()]), [Path(path).stem[:14] for path in args.photos], [*rows]).save(temporary)
-    print(f"saved {args.out}")
+        draw_grid(np.stack([*rows.values()]), [Path(path).stem for path in args.photos], [*rows]).save(temporary)
 
 # The command ---------------------------------------------------------------------------------------------------------
 
@@ -227,6 +241,7 @@ def denoising_steps(text):
 def parse(argv):
     parser = argparse.ArgumentParser(prog="sample.py", usage=argparse.SUPPRESS,
                                      description="Sample class-conditional pictures in two stages.")
+    parser.register("type", None, word)
     add = parser.add_argument
     add("--run", default="runs/demo", help="run folder of train.py (default runs/demo)")
     add("--vq", metavar="FILE", help="published weights instead of a run: LlamaGen's VQ tokenizer,")
@@ -278,10 +293,12 @@ def main(argv=None):
         if args.out.suffix not in ({".png"} if args.photos else {".png", ".npz"}) or args.out.is_dir():
             raise InputError(f"--out {args.out}: must be a file that ends in .png or, without --from, in .npz")
         pipeline = open_pipeline(args, processes.device)
-        if not args.photos:
-            sample(pipeline, args, processes)
-        elif processes.rank == 0:
-            vary(pipeline, args)
+        with locked(args.out.with_name(args.out.name + ".lock"), processes):
+            if not args.photos:
+                sample(pipeline, args, processes)
+            elif processes.rank == 0:
+                vary(pipeline, args)
+                processes.say(f"saved {args.out}")
         processes.end()
 
 if __name__ == "__main__":

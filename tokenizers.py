@@ -21,7 +21,10 @@ data.
 import colorsys
 import contextlib
 import math
-from collections import OrderedDict
+import os
+import unicodedata
+import warnings
+from collections import Counter, OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -326,17 +329,20 @@ def center_crop(image, size):
     top, left = (image.height - size) // 2, (image.width - size) // 2
     return np.array(image)[top:top + size, left:left + size]
 
+FORMATS, SUFFIXES = ("JPEG", "PNG", "WEBP", "BMP"), {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp"}
+
 def read_image(path, size):
     """One picture file of whatever kind, centre-cropped: uint8 (size,size,3). As in ADM, orientation tags and
     transparency are ignored. Raises InputError naming the file."""
-    with reading(path, "repair or remove this picture"), Image.open(path) as image:
+    with reading(path, "repair or remove this picture"), Image.open(path, formats=FORMATS) as image:
         if image.mode.startswith("I"):  # 16-bit grey: `convert` would clip it to white instead of scaling it
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         return center_crop(np.asarray(image.convert("RGB")), size)
 
 def draw_grid(pictures, columns, rows):
     """pictures (k,n,S,S,3), n pictures in k versions, as one PIL image. Picture i stands in column i % len(columns),
-    its versions one below the other. `columns` are the titles at the top, `rows` (k of them) the names at the left."""
+    its versions one below the other. `columns` are the titles at the top, `rows` (k of them) the names at the left.
+    Titles are cut to their column, and lose what Pillow's font does not have: it has no letter beyond ASCII."""
     count, size = pictures.shape[1:3]
     tile = size * max(1, round(96 / size))  # small pictures are enlarged, pixel by pixel
     font = ImageFont.load_default(13)
@@ -345,6 +351,9 @@ def draw_grid(pictures, columns, rows):
     sheet = Image.new("RGB", (left + len(columns) * tile, top + blocks * block_height), "white")
     pen = ImageDraw.Draw(sheet)
     for column, title in enumerate(columns):
+        title = unicodedata.normalize("NFKD", title).encode("ascii", "ignore").decode()  # é is e, and an accent
+        while font.getlength(title) > tile - 4:
+            title = title[:-3] + ".."
         pen.text((left + (column + 0.5) * tile, top / 2), title, "black", font, anchor="mm")
     for i in range(count):
         block, column = divmod(i, len(columns))
@@ -356,12 +365,14 @@ def draw_grid(pictures, columns, rows):
                 pen.text((left - 4, y + tile / 2), row, "black", font, anchor="rm")
     return sheet
 
-# Data sets: items (uint8 (S,S,3), class id); `size` is S, `classes` the names in the order of the ids ----------------
+# Data sets: items (uint8 (S,S,3), class id); `size` is S, `classes` the names and `labels` (N,) the ids of all --------
 
 def open_images(data, size, seed=0):
     """The data set named by `--data`: `shapes`, a folder of class folders, or an .npz. Raises InputError."""
     if data == "shapes":
-        return Shapes(size, seed=seed)
+        images = Shapes(size, seed=seed)
+        images.note = "; these are built in, for the folder of that name give ./shapes" if os.path.exists(data) else ""
+        return images
     if Path(data).is_dir():
         return ImageFolder(data, size)
     if Path(data).is_file():
@@ -370,18 +381,19 @@ def open_images(data, size, seed=0):
 
 class ImageFolder(Dataset):
     """One folder per class (the ImageNet layout); sorted folder names give the class ids."""
-    SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
-
     def __init__(self, root, size):
-        folders = sorted(path for path in Path(root).iterdir() if path.is_dir() and not path.name.startswith("."))
+        inside = sorted(path for path in Path(root).iterdir() if not path.name.startswith("."))
+        folders, others = [path for path in inside if path.is_dir()], [path for path in inside if not path.is_dir()]
         self.size, self.classes, self.files = size, [folder.name for folder in folders], []
         for label, folder in enumerate(folders):
-            found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in self.SUFFIXES)
-            self.files += [(path, label) for path in found]
-            if not found:
-                print(f"warning: --data {root}: class folder {folder.name} holds no images; its class id stays unused")
+            for path in find_files(folder):
+                (self.files if path.suffix.lower() in SUFFIXES else others).append((path, label))
         if not self.files:
             raise InputError(f"--data {root}: no images found; expected {root}/CLASS/IMAGE.jpg (or png, webp, bmp)")
+        self.labels = np.array([label for _, label in self.files])
+        self.note = f"; {len(others)} other files passed over" if others else ""
+        if {"train", "val"} <= set(self.classes):
+            self.note += f"; train and val count as classes: did you mean --data {root}/train?"
 
     def __len__(self):
         return len(self.files)
@@ -390,19 +402,38 @@ class ImageFolder(Dataset):
         path, label = self.files[index]
         return read_image(path, self.size), label
 
+def find_files(root):
+    """Paths of all files below a folder, sorted. Hidden ones (.name) do not count, links do. Raises OSError."""
+    def fail(error):
+        raise error
+
+    files, seen = [], set()
+    for folder, inside, names in os.walk(root, onerror=fail, followlinks=True):
+        first = (real := os.path.realpath(folder)) not in seen  # a link to a folder above would lead around for ever
+        seen.add(real)
+        inside[:] = sorted(name for name in inside if first and not name.startswith("."))
+        files += [Path(folder, name) for name in names if first and not name.startswith(".")]
+    return sorted(files)
+
 class ImageArray(Dataset):
     """An .npz with `images` uint8 (N,H,W,3), integer `labels` (N,) from 0 upwards and, optionally, `classes`: a name
     for each label. Raises InputError for other arrays."""
+    note = ""
+
     def __init__(self, path, size):
-        with reading(path, "save images=..., labels=... with numpy.savez"), np.load(path, allow_pickle=False) as file:
-            images, labels = file["images"], file["labels"]
-            classes = file["classes"] if "classes" in file else np.arange(labels.max() + 1)
-        if not (images.dtype == np.uint8 and images.ndim == 4 and images.shape[3] == 3 and labels.dtype.kind in "iu"
-                and labels.shape == images.shape[:1] and 0 <= labels.min() and labels.max() < len(classes)):
-            raise InputError(f"--data {path}: needs images uint8 (N,H,W,3), integer labels (N,) from 0 upwards and, if "
-                             f"any, classes with a name for each; has images {images.dtype} {images.shape}, labels "
-                             f"{labels.dtype} {labels.shape} up to {labels.max()}, {len(classes)} classes")
-        self.images, self.labels, self.size, self.classes = images, labels, size, [str(name) for name in classes]
+        remedy = ("save images=... uint8 (N,H,W,3), labels=... integers (N,) from 0 upwards and, if any, classes=..., "
+                  "a name for each, by numpy.savez")
+        with reading(path, remedy), np.load(path, allow_pickle=False) as file:
+            images, labels = np.ascontiguousarray(file["images"]), np.asarray(file["labels"])
+            if not (images.dtype == np.uint8 and images.ndim == 4 and images.shape[3] == 3 and images.size
+                    and labels.dtype.kind in "iu" and labels.shape == images.shape[:1]):
+                raise ValueError(f"images are {images.dtype} {images.shape}, labels {labels.dtype} {labels.shape}")
+            most = max(1000, len(labels))  # without names; a label of 1e9 is a mistake
+            classes = file["classes"].tolist() if "classes" in file else range(min(int(labels.max()) + 1, most))
+            if labels.min() < 0 or labels.max() >= len(classes):
+                raise ValueError(f"labels run from {labels.min()} up to {labels.max()}, {len(classes)} classes at most")
+        self.images, self.labels, self.size = images, labels, size
+        self.classes = [str(name, "utf-8", "replace") if isinstance(name, bytes) else str(name) for name in classes]
 
     def __len__(self):
         return len(self.images)
@@ -421,11 +452,15 @@ def reading(path, remedy):
     """Whatever goes wrong inside (zip, pickle, json, numpy, Pillow, wrong array shapes) becomes an InputError that
     names the file and the remedy."""
     try:
-        yield
+        if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+            raise ValueError("no regular file")  # opening a named pipe may never end
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what libraries remark on odd files
+            yield
     except (InputError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # every format fails in its own way
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+    except Exception as error:  # every format fails in its own way, torch with a page of advice before the reason
+        reason = " ".join(str(error).rpartition("WeightsUnpickler error: ")[2].split())[:200] or type(error).__name__
         raise InputError(f"{path}: cannot be used ({reason}); {remedy}") from error
 
 # The built-in data ---------------------------------------------------------------------------------------------------
@@ -448,7 +483,7 @@ class Shapes(Dataset):
         9: [(-.85, -.95), (.85, -.95), (.15, 0), (.85, .95), (-.85, .95), (-.15, 0)]}
 
     def __init__(self, size, count=16000, seed=0):
-        self.size, self.count, self.seed = size, count, seed
+        self.size, self.count, self.seed, self.labels = size, count, seed, np.arange(count) % 10
         self.drawn = {}  # a picture takes 0.4 ms to draw: keep the small ones
 
     def __len__(self):

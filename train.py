@@ -16,16 +16,20 @@ of processes changes nothing but rounding. (Dropout, which torch draws itself, d
 
 Reading order: one picture, the step, the loop, the three stages, the command; then token cache, files, processes.
 """
+import signal
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends quietly
 import argparse
 import contextlib
 import csv
+import errno
 import functools
 import hashlib
 import json
 import math
 import os
 import re
-import signal
+import sys
 import threading
 import time
 from dataclasses import asdict
@@ -42,9 +46,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 
+import tokenizers
+if not hasattr(tokenizers, "VQTokenizer"):
+    raise ImportError(f"{tokenizers.__file__} is another package of this name (Hugging Face's): put the folder of "
+                      f"{__file__} first in sys.path, and import it before anything that uses that package")
 from d2c import PRESETS, ContinuousConfig, ContinuousGenerator, DiscreteConfig, DiscreteGenerator, compile_parts
-from tokenizers import (InputError, KLTokenizer, TokenizerConfig, VQTokenizer, open_images, reading, to_float,
-                        to_tokens)
+from tokenizers import (InputError, KLTokenizer, TokenizerConfig, VQTokenizer, find_files, open_images, reading,
+                        to_float, to_tokens)
 
 # One picture of a batch, as each stage wants it (chance: a uniform number that the whole batch shares) ----------------
 
@@ -213,11 +221,12 @@ def training_step(model, average, optimizers, batch, step, settings, args, proce
         total = total + loss.detach()
     for module in bare.children() if isinstance(bare, Tokenizers) else [bare]:  # each tokenizer by its own norm
         nn.utils.clip_grad_norm_(module.parameters(), settings["grad_clip"])
-    for optimizer in optimizers:
+    seen = bare.take_seen(processes) if isinstance(bare, Tokenizers) else None
+    for optimizer in optimizers:  # from here on nothing waits for other processes: a step is made whole or not at all
         optimizer.step()
     model.zero_grad(set_to_none=True)
-    if isinstance(bare, Tokenizers):
-        bare.revive_codes(processes, torch.Generator().manual_seed(seed_of(args.seed, step, "revive")))
+    if seen:
+        bare.revive_codes(*seen, torch.Generator().manual_seed(seed_of(args.seed, step, "revive")))
     average.multi_avg_fn = get_ema_multi_avg_fn(ema_decay(step, settings["ema"]))
     average.update_parameters(bare)
     return total
@@ -254,13 +263,13 @@ def fit(stage, model, read, count, defaults, fixed, extra, args, processes):
     start, log = 0, []
     if path.exists():
         file = read_checkpoint(path)
-        fixed = check_fixed(path, file.get("run", {}), fixed)
+        fixed = check_fixed(path, file, fixed)
         with reading(path, "it does not fit this stage; move it away or choose another --out"):
             model.load_state_dict(file["model"])
             average.module.load_state_dict(file["ema"])
             for optimizer, state in zip(optimizers, file["optimizers"], strict=True):
                 optimizer.load_state_dict(state)
-            start, log = int(file["step"]), list(file["log"])
+            start, log = entries(file, step=int, log=list).values()
         del file
     if len(set(processes.gather(torch.tensor([start], device=device)).tolist())) > 1:
         raise InputError(f"{path}: is not the same for all processes; --out must lie on storage that all nodes share")
@@ -269,15 +278,14 @@ def fit(stage, model, read, count, defaults, fixed, extra, args, processes):
         return average.module
 
     def save(step):
-        if processes.rank == 0:
+        if processes.rank == 0:  # the log first: where a kill comes between the two, the missing steps are made again
+            with writing(path.with_suffix(".csv")) as temporary, open(temporary, "w", newline="") as file:
+                columns = "step", "loss", "validation", "learning_rate", "images_per_second", "seconds"
+                csv.writer(file).writerows([columns, *log])
             with writing(path) as temporary:
                 torch.save(dict(extra, run=fixed, stage=stage, step=step, log=log, model=model.state_dict(),
                                 ema=average.module.state_dict(),
                                 optimizers=[optimizer.state_dict() for optimizer in optimizers]), temporary)
-            with writing(path.with_suffix(".csv")) as temporary, open(temporary, "w", newline="") as file:
-                columns = "step", "loss", "validation", "learning_rate", "images_per_second", "seconds"
-                csv.writer(file).writerows([columns, *log])
-        processes.wait()
 
     size = batch_size // processes.size
     mine = range(processes.rank * size, (processes.rank + 1) * size)  # this process's rows of every batch
@@ -308,66 +316,69 @@ def fit(stage, model, read, count, defaults, fixed, extra, args, processes):
     log_every = max(1, min(100, steps // 20))
     losses, seconds_before = [], log[-1][-1] if log else 0.0  # losses stay on the device until they are logged
     began = last = time.time()
-    with stop_signals() as received:
+    done, saved, look, stop, received = start, start, start + 1, 0, []
+
+    def receive(number, frame):
+        """The loop finishes its step and saves; a second signal ends it at once. (But `timeout` and job schedulers send
+        the first one twice.)"""
+        received.append((number, time.monotonic()))
+        if received[-1][1] > received[0][1] + 1:
+            raise KeyboardInterrupt(number)
+
+    on_signals(receive)
+    try:
         for step, batch in zip(range(start, steps), loader):
             losses.append(training_step(wrapped, average, optimizers, batch, step, settings, args, processes))
             done = step + 1
-            stop = agree_to_stop(received, done, processes)
+            if done >= look or done == steps:
+                stop, look = agree_to_stop(received, done, (time.time() - began) / (done - start), processes)
             save_now = done % args.save_every == 0 or done == steps or stop
             if done % log_every == 0 or save_now:
                 history, validation = processes.gather(torch.stack(losses)[None]).mean(0).tolist(), validate()
                 bad = [done + 1 - len(history) + i for i, loss in enumerate(history) if not math.isfinite(loss)]
                 if bad or not math.isfinite(validation):
-                    raise InputError(f"stage {stage}: the loss is not finite at step {(bad or [done])[0]}: try --stage "
-                                     f"{stage} --lr {settings['lr'] / 3:.1e}, a lower rate. Earlier saves are whole")
+                    saved = done  # nothing worth saving
+                    raise InputError(f"stage {stage}: the loss is not finite at step {(bad or [done])[0]}: try "
+                                     f"--stage {stage} --lr {settings['lr'] / 3:.1e}, a lower rate. Earlier saves "
+                                     "are whole")
                 loss, rate, now = sum(history) / len(history), optimizers[0].param_groups[0]["lr"], time.time()
-                speed, eta = len(history) * batch_size / (now - last), (steps - done) * (now - began) / (done - start)
+                speed = len(history) * batch_size / max(now - last, 1e-9)  # a clock may stand still for a while
+                eta = timedelta(seconds=int((steps - done) * (now - began) / (done - start)))
                 log.append([done, round(loss, 5), round(validation, 5), float(f"{rate:.4g}"), round(speed, 1),
                             round(seconds_before + now - began, 1)])
-                processes.say(f"stage {stage}  step {done}/{steps}  loss {loss:.4f}  validation {validation:.4f}  rate "
-                              f"{rate:.2e}  {speed:.0f} images/s  ETA {timedelta(seconds=int(eta))}")
+                processes.say(f"stage {stage}  step {done}/{steps}  loss {loss:.4f}  validation {validation:.4f}  "
+                              f"rate {rate:.2e}  {speed:.0f} images/s  ETA {eta}")
                 losses, last = [], now
             if save_now:
                 save(done)
+                saved = done
+                processes.wait()
             if stop:
                 processes.say(f"stopped after step {done} and saved {path}; run the same command again to go on")
                 raise SystemExit(128 + stop)
-    return average.module
-
-@contextlib.contextmanager
-def stop_signals():
-    """A list that receives SIGINT or SIGTERM, so that the loop can finish its step and save. `timeout` and job
-    schedulers send the first signal twice; a further one, more than a second later, kills."""
-    received, times = [], []
-
-    def receive(number, frame):
-        received.append(number)
-        times.append(time.monotonic())
-        if times[-1] > times[0] + 1:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-
-    main_thread = threading.current_thread() is threading.main_thread()  # elsewhere Python allows no handlers
-    before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM) if main_thread}
-    try:
-        yield received
+    except Exception:  # a broken picture, a dead reader, a lost peer: what is trained so far is kept
+        if done > saved and all(x.isfinite().all() for x in [*losses, *model.parameters()]):
+            save(done)
+        raise
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    for number in received[:1]:  # it came after the loop's last look
-        signal.raise_signal(number)
+        on_signals(interrupt)
+    if received:  # after the loop's last look
+        raise KeyboardInterrupt(received[0][0])
+    return average.module
 
 def leave_signals(worker):
     """For processes that read data: a signal to the whole group is for the main one, which saves and then ends them."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
-def agree_to_stop(received, step, processes):
-    """The signal to stop on, or 0. Processes agree at every tenth step. (torchrun waits 30 s, then kills.)"""
-    if processes.size > 1:
-        told = torch.tensor(received[:1] or [0], device=processes.device)
-        received = [0] if step % 10 else processes.gather(told).tolist()
-    return max(received, default=0)
+def agree_to_stop(received, done, seconds, processes):
+    """(the signal to stop on or 0, the step of the next look). Processes must look at the same steps: about every five
+    seconds, at `seconds` a step. (After a signal torchrun waits 30 seconds, or its --shutdown-timeout, and kills.)"""
+    stop = received[0][0] if received else 0
+    if processes.size == 1:
+        return stop, done + 1
+    told = processes.gather(torch.tensor([[stop, seconds]], device=processes.device))
+    return int(told[:, 0].max()), done + max(1, min(100, int(5 / max(told[:, 1].max().item(), 0.01))))
 
 # Stage 0: tokenizers and token cache ---------------------------------------------------------------------------------
 
@@ -387,12 +398,15 @@ class Tokenizers(nn.Module):
             self.seen.append((codes.flatten(), z.detach().permute(0, 2, 3, 1).flatten(0, 2)))  # (bhw,), (bhw,code_dim)
         return loss + self.kl(pictures, noise)
 
+    def take_seen(self, processes):
+        """What all processes have seen in this step: codes (n,) and encoder outputs (n,code_dim)."""
+        seen, self.seen = [processes.gather(torch.cat(x)) for x in zip(*self.seen)], []
+        return seen
+
     @torch.no_grad()
-    def revive_codes(self, processes, generator):
+    def revive_codes(self, codes, z, generator):
         """Move codes that no place chose for PATIENCE steps onto encoder outputs of this batch, drawn at random. (After
         the optimizer's step, which would move them again.)"""
-        codes, z = (processes.gather(torch.cat(x)) for x in zip(*self.seen))
-        self.seen = []
         self.unused += 1
         self.unused[codes] = 0
         dead = (self.unused >= self.PATIENCE).nonzero()[:len(z), 0]
@@ -406,10 +420,10 @@ def stage0(args, preset, processes):
     """Make the tokenizers and the token cache, each unless it is there. Raises InputError."""
     path, folder = Path(args.out) / "tokenizers.pt", Path(args.out) / "tokens"
     fixed = dict(preset=args.preset, seed=args.seed)
-    fixed |= {name: full_name(getattr(args, name)) for name in ("data", "vq", "kl")}
+    fixed |= {name: identity(getattr(args, name)) for name in ("data", "vq", "kl")}
     if (folder / "meta.json").exists():
         meta = TokenCache(folder).meta
-        check_fixed(folder, meta["run"], fixed)
+        check_fixed(folder, meta, fixed)
         if not args.stage:
             processes.say(f"stage 0: finished ({meta['count']} pictures encoded in {folder})")
         return
@@ -418,7 +432,7 @@ def stage0(args, preset, processes):
     there, kinds = path.exists(), (("vq", VQTokenizer), ("kl", KLTokenizer))
     if there:
         vq, kl, file = load_tokenizers(path)
-        fixed = check_fixed(path, file["run"], fixed)
+        fixed = check_fixed(path, file, fixed)
     elif args.vq:
         vq, kl = (load_published(cls.from_published, getattr(args, name)) for name, cls in kinds)
     elif preset["vq"]:
@@ -426,11 +440,14 @@ def stage0(args, preset, processes):
         vq, kl = (cls(TokenizerConfig(**preset[name])) for name, cls in kinds)
     else:
         raise InputError(f"preset {args.preset} uses the published tokenizers: give both --vq FILE and --kl FILE")
-    if fixed["data"] is None:
+    if not fixed.get("data"):
         raise InputError(f"preset {args.preset} needs --data: a folder of class folders, an .npz, or shapes")
     if vq.config.factor != kl.config.factor:
         raise InputError(f"the grids of --vq and --kl differ: {vq.config.factor} and {kl.config.factor} pixels a place")
-    images = open_images(fixed["data"], preset["size"], args.seed)
+    images = open_images(args.data or fixed["data"].rsplit(" [", 1)[0], preset["size"], args.seed)
+    counts = np.bincount(images.labels)
+    processes.say(f"data: {len(images)} pictures of {np.count_nonzero(counts)} classes, "
+                  f"{len(images.classes) - np.count_nonzero(counts)} classes without pictures{images.note}")
     processes.wait()  # all have looked before one of them writes
     vq, kl = vq.to(processes.device).eval(), kl.to(processes.device).eval()
     if not there:
@@ -463,11 +480,11 @@ def measure_scale(kl, images, seed=0):
 def train_generator(stage, args, preset, processes):
     """Stage 1 or 2 on the token cache. Raises InputError."""
     out = Path(args.out)
-    cache, (vq, _, file) = TokenCache(out / "tokens"), load_tokenizers(out / "tokenizers.pt")
+    cache, (vq, kl, file) = TokenCache(out / "tokens"), load_tokenizers(out / "tokenizers.pt")
     meta = cache.meta
-    if file["id"] != meta["tokenizers"]:
+    if meta != meta | token_facts(vq, kl, file["id"], file["size"]):
         raise InputError(f"{cache.folder}: was not made with {out}/tokenizers.pt; delete it and run train.py --stage 0")
-    fixed = dict(preset=args.preset, seed=args.seed, tokens=file["id"], init=full_name(args.init))
+    fixed = dict(preset=args.preset, seed=args.seed, tokens=file["id"], init=identity(args.init))
     common = dict(num_classes=len(meta["classes"]), grid=tuple(meta["grid"]), codebook_size=meta["codebook_size"])
     torch.manual_seed(seed_of(args.seed, stage))
     if stage == 1:
@@ -484,13 +501,14 @@ def train_generator(stage, args, preset, processes):
         load_published(model.load_published, args.init)
         processes.say(f"stage {stage}: starting from {args.init}")
     extra = dict(config=asdict(model.config), classes=meta["classes"], scale=meta["scale"], tokenizers=file["id"],
-                 sample=preset["sample"])
+                 sample=preset["sample"], counts=np.bincount(cache.labels, minlength=len(meta["classes"])).tolist())
     fit(stage, model, read, len(cache.labels), preset["train"][stage], fixed, extra, args, processes)
 
 # The command ---------------------------------------------------------------------------------------------------------
 
 def parse(argv):
     parser = argparse.ArgumentParser(prog="train.py", usage=argparse.SUPPRESS, description="Train D2C.")
+    parser.register("type", None, word)  # where nothing else is said
     add = parser.add_argument
     add("--stage", type=int, choices=(0, 1, 2), help="0 tokenizers, 1 discrete, 2 continuous generator (default: all)")
     add("--preset", choices=PRESETS, default="demo", help="sizes and training settings (default demo)")
@@ -525,11 +543,11 @@ def main(argv=None):
         args.compile = on_cuda if args.compile is None else args.compile
         torch.set_float32_matmul_precision("high")  # TF32 if not bf16; full_float32 in tokenizers.py keeps both off
         torch.empty(30 * 2**18)  # once such a block is freed, glibc keeps the memory of a step for the next one
-        Path(args.out).mkdir(parents=True, exist_ok=True)
-        stage0(args, PRESETS[args.preset], processes)
-        for stage in (1, 2):
-            if args.stage in (None, stage):
-                train_generator(stage, args, PRESETS[args.preset], processes)
+        with locked(Path(args.out) / "lock", processes):
+            stage0(args, PRESETS[args.preset], processes)
+            for stage in (1, 2):
+                if args.stage in (None, stage):
+                    train_generator(stage, args, PRESETS[args.preset], processes)
         if args.stage is None:
             processes.say(f"done: python sample.py --run {args.out}")
         processes.end()
@@ -543,15 +561,12 @@ class TokenCache:
     def __init__(self, folder):
         self.folder = folder = Path(folder)
         with reading(folder, "the token cache is unfinished or damaged: delete it and run train.py --stage 0"):
-            self.meta = json.loads((folder / "meta.json").read_text())
-            self.codes, self.moments, self.labels = (  # asarray: the same memory, quicker to index than np.memmap
-                np.asarray(np.load(folder / f"{name}.npy", "r", allow_pickle=False))
-                for name in ("codes", "moments", "labels"))
-            count, number, channels = self.meta["count"], math.prod(self.meta["grid"]), self.meta["channels"]
-            shapes = [(2, count, number), (2, count, number, 2 * channels), (count,)]
-            if [array.shape for array in (self.codes, self.moments, self.labels)] != shapes or not {
-                    "run", "tokenizers", "scale", "codebook_size", "classes"} <= self.meta.keys():
-                raise ValueError("its files do not belong together")
+            self.meta = meta = json.loads((folder / "meta.json").read_text())
+            entries(meta, run=dict, classes=list)
+            arrays = open_arrays(folder, cache_layout(meta["count"], math.prod(meta["grid"]), meta["channels"]))
+            if not 0 <= arrays["labels"].min() <= arrays["labels"].max() < len(meta["classes"]):
+                raise ValueError("labels.npy has labels of no class")
+        self.codes, self.moments, self.labels = map(np.asarray, arrays.values())  # quicker to index than np.memmap
 
     def __reduce__(self):
         return TokenCache, (self.folder,)  # a worker process opens the files itself instead of receiving their content
@@ -560,19 +575,22 @@ class TokenCache:
 def encode_images(images, vq, kl, tokenizers_id, folder, fixed, processes, workers=0, batch_size=64):
     """Encode a data set and its mirror image into the token cache `folder`; meta.json is written last. The processes
     take turns in batches; an interrupted encoding goes on where it was. Raises InputError."""
-    count, side, folder = len(images), images.size // vq.config.factor, Path(folder)
-    plan = dict(run=fixed, tokenizers=tokenizers_id, count=count, grid=[side, side], channels=kl.config.z_channels,
-                scale=kl.scale, codebook_size=vq.config.codebook_size, classes=images.classes)
-    layout = {"codes": (np.uint16, (2, count, side * side)), "labels": (np.int64, (count,)),
-              "moments": (np.float16, (2, count, side * side, 2 * kl.config.z_channels))}
+    count, folder, facts = len(images), Path(folder), token_facts(vq, kl, tokenizers_id, images.size)
+    plan = dict(run=fixed, count=count, classes=images.classes, **facts)
+    layout = cache_layout(count, math.prod(facts["grid"]), facts["channels"])
     shared = SharedArrays(folder, plan, layout, count, batch_size, processes)
-    loader = DataLoader(images, batch_sampler=[range(count)[rows] for _, rows in shared.todo], num_workers=workers)
+    loader = DataLoader(images, batch_sampler=[range(count)[rows] for _, rows in shared.todo], num_workers=workers,
+                        worker_init_fn=leave_signals)
     for (_, rows), (pictures, labels) in zip(shared.work("encoding"), loader):  # work first: it marks the last batch
         shared.arrays["labels"][rows] = labels.numpy()
         x = to_float(pictures.to(processes.device))                                           # (B,3,S,S)
         for mirrored, view in enumerate((x, x.flip(3))):
             shared.arrays["codes"][mirrored, rows] = vq.encode(view).flatten(1).cpu().numpy()
-            shared.arrays["moments"][mirrored, rows] = to_tokens(kl.encode(view)).float().cpu().numpy()
+            moments = to_tokens(kl.encode(view)).float().half().cpu()                         # (B,N,2C)
+            if not moments.isfinite().all():
+                raise InputError(f"{folder}: the KL tokenizer makes numbers that float16 cannot hold; give another --kl, "
+                                 "or delete stage0.pt and tokenizers.pt and train stage 0 at a lower --lr")
+            shared.arrays["moments"][mirrored, rows] = moments.numpy()
     processes.wait()
     if processes.rank == 0:
         with writing(folder / "meta.json") as temporary:
@@ -580,6 +598,24 @@ def encode_images(images, vq, kl, tokenizers_id, folder, fixed, processes, worke
         for name in ("plan.json", "done.npy"):
             (folder / name).unlink(missing_ok=True)
     processes.wait()
+
+def token_facts(vq, kl, tokenizers_id, size):
+    """What tokens of pictures of `size` pixels have from their tokenizers."""
+    return dict(tokenizers=tokenizers_id, grid=[size // vq.config.factor] * 2, channels=kl.config.z_channels,
+                scale=kl.scale, codebook_size=vq.config.codebook_size)
+
+def cache_layout(count, number, channels):
+    """{name: (dtype, shape)} of the cache's arrays."""
+    return {"codes": (np.uint16, (2, count, number)), "moments": (np.float16, (2, count, number, 2 * channels)),
+            "labels": (np.int64, (count,))}
+
+def open_arrays(folder, layout, mode="r"):
+    """{name: memory-mapped array} of folder/NAME.npy. Raises ValueError for one that is not as `layout` says."""
+    for name, (dtype, shape) in layout.items():
+        array = np.load(folder / f"{name}.npy", "r", allow_pickle=False)  # "r+" would fill a file cut short with zeros
+        if (array.dtype, array.shape) != (dtype, shape):
+            raise ValueError(f"{name}.npy does not belong here")
+    return {name: np.load(folder / f"{name}.npy", mode, allow_pickle=False) for name in layout}
 
 class SharedArrays:
     """Arrays on disk that the processes of one node fill together, batch by batch, and that outlive an interruption:
@@ -589,26 +625,33 @@ class SharedArrays:
         if processes.size > int(os.environ.get("LOCAL_WORLD_SIZE", 1)):
             raise InputError(f"{folder} is made on one node, whose processes share files: run this command there")
         self.count, self.batch_size, self.processes = count, batch_size, processes
-        begun, plan = Path(folder) / "plan.json", json.dumps(plan, indent=1)
+        begun = Path(folder) / "plan.json"
         layout = layout | {"done": (np.bool_, (math.ceil(count / batch_size),))}
-        if processes.rank == 0 and not (begun.exists() and begun.read_bytes() == plan.encode()):
-            for name, (dtype, shape) in layout.items():
-                with writing(begun.with_name(f"{name}.npy")) as temporary:
-                    begun.unlink(missing_ok=True)  # from here on, what was begun counts no more
+        if processes.rank == 0 and not self.begun(folder, plan):
+            with contextlib.ExitStack() as stack:
+                for name, (dtype, shape) in layout.items():
+                    temporary = stack.enter_context(writing(begun.with_name(f"{name}.npy")))
                     np.lib.format.open_memmap(temporary, "w+", dtype, shape)
                     if hasattr(os, "posix_fallocate"):  # Linux; a full disk under a memory map would kill the process
                         with open(temporary, "rb+") as file:
                             os.posix_fallocate(file.fileno(), 0, os.path.getsize(temporary))
+                begun.unlink(missing_ok=True)  # there is room for all: from here on, what was begun counts no more
             with writing(begun) as temporary:
-                temporary.write_text(plan)
+                temporary.write_text(json.dumps(plan, indent=1))
         processes.wait()
         with reading(folder, "delete it and run the command again"):
-            self.arrays = {name: np.lib.format.open_memmap(begun.with_name(f"{name}.npy"), "r+") for name in layout}
+            self.arrays = open_arrays(begun.parent, layout, "r+")
             left = [(k, slice(k * batch_size, min((k + 1) * batch_size, count)))
                     for k in np.flatnonzero(~self.arrays["done"]).tolist()]
         processes.wait()  # nobody marks a batch before all have looked
         self.finished = count - sum(rows.stop - rows.start for _, rows in left)               # pictures
         self.todo = left[processes.rank::processes.size]
+
+    @staticmethod
+    def begun(folder, plan):
+        """Has this work been begun there?"""
+        path = Path(folder) / "plan.json"
+        return path.exists() and path.read_bytes() == json.dumps(plan, indent=1).encode()
 
     def work(self, what):
         """Yields (k, rows), a number and a slice, of the batches that are left to this process, and says how far all
@@ -625,7 +668,7 @@ class SharedArrays:
                     array.flush()
                 self.arrays["done"][written] = True
                 written, said = [], time.time()
-                done, speed = min(self.finished + made, self.count), made / (said - began)
+                done, speed = min(self.finished + made, self.count), made / max(said - began, 1e-9)
                 self.processes.say(f"{what}  {done}/{self.count} pictures  {speed:.1f} images/s  "
                                    f"ETA {timedelta(seconds=int((self.count - done) / speed))}")
 
@@ -649,12 +692,52 @@ def writing(path):
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
 
+@contextlib.contextmanager
+def locked(path, processes):
+    """Only one command at a time gets in: meanwhile `path` is locked, at most as long as this process lives. Raises
+    InputError for the next one, and where nothing can be written."""
+    if processes.rank == 0:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = open(path, "w")
+            if os.name == "posix":
+                import fcntl
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):  # network disks may have no locks
+                why = "another command is at work" if error.errno == errno.EAGAIN else f"cannot be written ({error})"
+                raise InputError(f"{path}: {why}; wait for it, or choose another --out") from error
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            processes.rank or path.unlink()
+
 def read_checkpoint(path):
     """The dict in a torch file, on the CPU, without running code from it. (An argparse Namespace, which training
-    scripts like to store, is harmless.) Raises InputError."""
+    scripts like to store, is harmless.) Raises InputError, for numbers that are not finite too."""
     with reading(path, "not a readable checkpoint: missing, truncated or of another kind"):
         with torch.serialization.safe_globals([argparse.Namespace]):
-            return dict(torch.load(path, map_location="cpu", weights_only=True))
+            file = dict(torch.load(path, map_location="cpu", weights_only=True))
+        check_finite(file)
+        return file
+
+def check_finite(part, name=""):
+    """Raises ValueError naming the first floating-point tensor in nested dicts and lists that holds inf or NaN."""
+    for key, value in part.items() if isinstance(part, dict) else enumerate(part):
+        if isinstance(value, (dict, list)):
+            check_finite(value, f"{name}{key}.")
+        elif isinstance(value, torch.Tensor) and value.is_floating_point() and not value.isfinite().all():
+            raise ValueError(f"{name}{key} holds numbers that are not finite")
+
+def entries(file, **kinds):
+    """The entries of a dict that are named, {name: value}. Raises KeyError or ValueError for one that is missing, not of
+    its kind (a float may be an int, a tuple a list), or a number below zero, which no file of ours holds."""
+    for name, kind in kinds.items():
+        value, kinds_too = file[name], {float: (int, float), tuple: (tuple, list)}.get(kind, kind)
+        if not isinstance(value, kinds_too) or isinstance(value, (int, float)) and not value >= 0:
+            raise ValueError(f"{name} is {str(value)[:50]}")
+    return {name: file[name] for name in kinds}
 
 def load_published(build, path, content=None, raw=False):
     """`build(state)` on the state dict in a published checkpoint file, or in its `content` if that is read already.
@@ -690,24 +773,40 @@ def load_tokenizers(path):
     """(VQTokenizer, KLTokenizer, dict of the file's id, size and run) as saved, in eval mode. Raises InputError."""
     file = read_checkpoint(path)
     with reading(path, "not a tokenizers file of this project"):
-        vq, kl = VQTokenizer(TokenizerConfig(**file["vq_config"])), KLTokenizer(TokenizerConfig(**file["kl_config"]))
+        vq, kl = (cls(TokenizerConfig(**entries(file[f"{name}_config"], **TokenizerConfig.__annotations__)))
+                  for name, cls in (("vq", VQTokenizer), ("kl", KLTokenizer)))
         vq.load_state_dict(file["vq"])
         kl.load_state_dict(file["kl"])
         kl.scale = float(file["scale"])
-        return vq.eval(), kl.eval(), {name: file[name] for name in ("id", "size", "run")}
+        return vq.eval(), kl.eval(), entries(file, id=str, size=int, run=dict)
 
-def check_fixed(path, before, fixed):
-    """What must stay the same from command to command must be as it was when `path` was made; flags without a default
-    that are not given (None) are taken from there. Returns all of it. Raises InputError naming the difference."""
+def check_fixed(path, file, fixed):
+    """What must stay the same from command to command must be as it was when `path` was made, whose content is `file`;
+    flags without a default that are not given (None) are taken from there. Returns all of it. Raises InputError naming
+    the difference."""
+    with reading(path, "it is damaged: delete it, or choose another --out"):
+        before = entries(file, run=dict)["run"]
     for name, value in fixed.items():
-        if value is not None and before.get(name) != value:
+        old, new = (str(x).rpartition(" [")[2] for x in (before.get(name), value))  # checksums, where there are some
+        if value is not None and old != new:
             raise InputError(f"{path}: was made with {name} {before.get(name)}, this command has {name} {value}: use "
                              "the same, or another --out")
     return before
 
-def full_name(path):
-    """How a run remembers a file or data set: by its full path (None: not given)."""
-    return path if path in (None, "shapes") else str(Path(path).resolve())
+def identity(path):
+    """How a run remembers a file or data set: PATH [CHECKSUM], of which the checksum counts: of the names and sizes of a
+    folder's files, or of a file's size and last megabyte (where .npz and .pt have checksums of all that they hold)."""
+    if path in (None, "shapes"):
+        return path
+    with reading(path, "no such folder or file (--data also takes shapes)"):
+        if os.path.isdir(path):
+            content = [(str(file.relative_to(path)), file.stat().st_size) for file in find_files(path)]
+        else:
+            with open(path, "rb") as file:
+                size = file.seek(0, os.SEEK_END)
+                file.seek(max(0, size - 2**20))
+                content = size, file.read()
+        return f"{Path(path).resolve()} [{hashlib.blake2b(repr(content).encode(), digest_size=8).hexdigest()}]"
 
 # Processes, devices and errors ---------------------------------------------------------------------------------------
 
@@ -715,14 +814,18 @@ class Processes:
     """This process among `size`, on `device`. With one process nothing is ever communicated, and no process group made.
     Raises InputError for a device that this machine or torch build does not have."""
     def __init__(self, device):
-        self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.rank, self.size, local = 0, 1, 0
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            with reading("WORLD_SIZE", "unset it, or start by torchrun, which sets more than that"):
+                self.rank, self.size, local, _, _ = (int(os.environ[name]) for name in (
+                    "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT"))
         available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
         name = next(kind for kind in available if available[kind]) if device == "auto" else device
         if not available[name]:
             raise InputError(f"--device {name}: not available here; use --device cpu, or install a torch build for it")
         self.device = torch.device(name)
         if self.size > 1 and name == "cuda":
-            self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            self.device = torch.device("cuda", local)
             if self.device.index >= torch.cuda.device_count():
                 raise InputError(f"--nproc_per_node: there are only {torch.cuda.device_count()} GPUs")
             torch.cuda.set_device(self.device)
@@ -731,7 +834,10 @@ class Processes:
 
     def say(self, text):
         if self.rank == 0:
-            print(text, flush=True)
+            try:
+                print(text, flush=True)
+            except OSError:  # a closed pipe, a full disk under the log: no reason to end
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def wait(self):
         if self.size > 1:
@@ -762,6 +868,12 @@ def number(kind, low, high=1e38):
         raise argparse.ArgumentTypeError(f"must lie between {low} and {high:g}, not {text}")
     return number
 
+def word(text):
+    """argparse type: --init "$FILE" must not mean no --init where FILE is not set."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("is empty")
+    return text
+
 def add_device_flags(add):
     """The flags that train.py and sample.py share."""
     add("--seed", type=number(int, 0, 2**63 - 1), default=0)
@@ -769,21 +881,38 @@ def add_device_flags(add):
     add("--dtype", choices=("auto", "bf16", "float32"), default="auto", help="of matrix products (auto: bf16 on CUDA)")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile what repeats (default on CUDA)")
 
+SIGNALS = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}  # Ctrl-C, kill, a closed terminal
+
+def interrupt(number, frame):
+    raise KeyboardInterrupt(number)
+
+def on_signals(handler):
+    """From now on SIGNALS go to handler(number, frame), but for SIGHUP under nohup."""
+    for number in SIGNALS if threading.current_thread() is threading.main_thread() else ():  # elsewhere Python has none
+        if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
+
 @contextlib.contextmanager
 def user_errors(parser):
     """What a user can cause ends in one line and exit status 2; everything else is a bug and keeps its traceback."""
+    with contextlib.suppress(AttributeError):  # a notebook's stdout is none
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show is no reason to end
     try:
+        on_signals(interrupt)
         yield
     except (InputError, OSError) as error:
         parser.error(" ".join(str(error).split("tokenizers.InputError: ")[-1].split()))  # data workers add a traceback
     except torch.OutOfMemoryError:
         parser.error("the device's memory is full: use a smaller --batch-size (in training also --accumulate)")
-    except KeyboardInterrupt:
-        parser.exit(130, "interrupted; the same command again goes on where it can\n")
+    except KeyboardInterrupt as error:
+        number = (*error.args, signal.SIGINT)[0]
+        parser.exit(128 + number, "interrupted; the same command again goes on where it can\n")
     except RuntimeError as error:
-        if not (dist.is_initialized() and "peer" in str(error)):
-            raise
-        parser.error("another process of this command has stopped; the reason stands above, or in its own output")
+        if dist.is_initialized() and "peer" in str(error):
+            parser.error("another process of this command has stopped; the reason stands above, or in its own output")
+        if "DataLoader worker" in str(error):
+            parser.error("a process that reads data was killed, perhaps for want of memory: try fewer --workers")
+        raise
 
 if __name__ == "__main__":
     main()

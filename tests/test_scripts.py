@@ -777,7 +777,7 @@ def test_half_a_token_cache(run, data, capsys):
     whole = contents(run / "tokens")
     labels = (run / "tokens" / "labels.npy").read_bytes()
     np.save(run / "tokens" / "labels.npy", np.zeros(7, np.int64))  # somebody else's
-    refused(train.main, command, capsys, "tokens", "do not belong together")
+    refused(train.main, command, capsys, "tokens", "labels.npy does not belong")
     (run / "tokens" / "labels.npy").write_bytes(labels)
     truncate(run / "tokens" / "moments.npy")
     refused(train.main, command, capsys, "tokens", "--stage 0")
