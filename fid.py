@@ -272,16 +272,16 @@ def load_inception(path=None, device="cpu"):
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp")
 
 def find_files(root):
-    """Paths of all files below a folder, sorted. Hidden ones (.name) do not count, links do. Raises OSError."""
+    """Paths of all files below a folder, sorted; hidden ones (.name) do not count, linked ones do. Raises OSError."""
     def fail(error):
         raise error
 
-    files, seen = [], set()
+    files, seen = [], set()  # a link to a folder above would lead around for ever
     for folder, inside, names in os.walk(root, onerror=fail, followlinks=True):
-        first = (real := os.path.realpath(folder)) not in seen  # a link to a folder above would lead around for ever
-        seen.add(real)
-        inside[:] = sorted(name for name in inside if first and not name.startswith("."))
-        files += [Path(folder, name) for name in names if first and not name.startswith(".")]
+        new = os.path.realpath(folder) not in seen
+        seen.add(os.path.realpath(folder))
+        inside[:] = sorted(name for name in inside if new and name[0] != ".")
+        files += [Path(folder, name) for name in names if new and name[0] != "."]
     return sorted(files)
 
 class Folder:
@@ -320,7 +320,8 @@ class Archive:
         self.start = self.file.tell()
         size = archive.getinfo(f"{key}.npy").file_size - self.start
         if dtype != np.uint8 or self.shape[3:] != (3,) or min(self.shape[1:]) < 1 or math.prod(self.shape) != size:
-            raise ValueError(f"{key} is a {dtype} array {self.shape} of {size} bytes")
+            order = "Fortran" if columns_first else "C"
+            raise ValueError(f"{key} is a {dtype} array {self.shape} in {order} order, {size} bytes")
         self.whole = np.load(path, allow_pickle=False)[key] if columns_first else None  # in no order to read slices in
 
     def __len__(self):

@@ -183,13 +183,14 @@ def sample(pipeline, args, processes):
     count, size = args.num or 3 * len(chosen), pipeline.size
     labels = [chosen[i % len(chosen)] for i in range(count)]
     processes.say(f"{count} pictures: " + ", ".join(f"{name} {value}" for name, value in pipeline.settings.items()))
-    plan = dict(settings=pipeline.settings, seed=args.seed, classes=chosen, count=count, weights=pipeline.sources,
-                tokenizers=[args.vq, args.kl, args.size], raw=args.raw, dtype=[args.dtype, pipeline.device.type])
+    plan = json.dumps(dict(
+        settings=pipeline.settings, seed=args.seed, classes=chosen, count=count, weights=pipeline.sources,
+        tokenizers=[args.vq, args.kl, args.size], raw=args.raw, dtype=[args.dtype, pipeline.device.type]))
     folder = args.out.with_name(args.out.name + ".partial")
     with reading(args.out, "move it away, or choose another --out"):
         comment = zipfile.ZipFile(args.out).comment if zipfile.is_zipfile(args.out) else None
-    if comment == json.dumps(plan).encode():
-        if SharedArrays.begun(folder, plan):  # killed before it could clear up
+    if comment == plan.encode():
+        if folder.exists() and (folder / "plan.json").read_text() == plan:  # killed before it could clear up
             shutil.rmtree(folder)
         return processes.say(f"{args.out} is there already, made by the same command")
 
@@ -210,7 +211,7 @@ def sample(pipeline, args, processes):
             else:
                 np.savez(temporary, arr_0=shared.arrays["pictures"][0])
                 with zipfile.ZipFile(temporary, "a") as archive:
-                    archive.comment = json.dumps(plan).encode()
+                    archive.comment = plan.encode()
         shutil.rmtree(folder, ignore_errors=True)  # a network disk keeps files that are still mapped
     processes.say(f"saved {args.out}")
 

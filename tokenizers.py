@@ -373,26 +373,22 @@ def open_images(data, size, seed=0):
         images = Shapes(size, seed=seed)
         images.note = "; these are built in, for the folder of that name give ./shapes" if os.path.exists(data) else ""
         return images
-    if Path(data).is_dir():
-        return ImageFolder(data, size)
-    if Path(data).is_file():
-        return ImageArray(data, size)
-    raise InputError(f"--data {data}: no such folder or file (give shapes, a folder of class folders, or an .npz)")
+    return ImageFolder(data, size) if Path(data).is_dir() else ImageArray(data, size)
 
 class ImageFolder(Dataset):
     """One folder per class (the ImageNet layout); sorted folder names give the class ids."""
     def __init__(self, root, size):
-        inside = sorted(path for path in Path(root).iterdir() if not path.name.startswith("."))
-        folders, others = [path for path in inside if path.is_dir()], [path for path in inside if not path.is_dir()]
-        self.size, self.classes, self.files = size, [folder.name for folder in folders], []
-        for label, folder in enumerate(folders):
-            for path in find_files(folder):
-                (self.files if path.suffix.lower() in SUFFIXES else others).append((path, label))
+        root, self.size, self.files, others = Path(root), size, [], []
+        self.classes = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+        labels = {name: label for label, name in enumerate(self.classes)}
+        for path in find_files(root):
+            label = labels.get(path.parts[len(root.parts)])
+            (others if label is None or path.suffix.lower() not in SUFFIXES else self.files).append((path, label))
         if not self.files:
             raise InputError(f"--data {root}: no images found; expected {root}/CLASS/IMAGE.jpg (or png, webp, bmp)")
         self.labels = np.array([label for _, label in self.files])
         self.note = f"; {len(others)} other files passed over" if others else ""
-        if {"train", "val"} <= set(self.classes):
+        if {"train", "val"} <= labels.keys():
             self.note += f"; train and val count as classes: did you mean --data {root}/train?"
 
     def __len__(self):
@@ -403,16 +399,16 @@ class ImageFolder(Dataset):
         return read_image(path, self.size), label
 
 def find_files(root):
-    """Paths of all files below a folder, sorted. Hidden ones (.name) do not count, links do. Raises OSError."""
+    """Paths of all files below a folder, sorted; hidden ones (.name) do not count, linked ones do. Raises OSError."""
     def fail(error):
         raise error
 
-    files, seen = [], set()
+    files, seen = [], set()  # a link to a folder above would lead around for ever
     for folder, inside, names in os.walk(root, onerror=fail, followlinks=True):
-        first = (real := os.path.realpath(folder)) not in seen  # a link to a folder above would lead around for ever
-        seen.add(real)
-        inside[:] = sorted(name for name in inside if first and not name.startswith("."))
-        files += [Path(folder, name) for name in names if first and not name.startswith(".")]
+        new = os.path.realpath(folder) not in seen
+        seen.add(os.path.realpath(folder))
+        inside[:] = sorted(name for name in inside if new and name[0] != ".")
+        files += [Path(folder, name) for name in names if new and name[0] != "."]
     return sorted(files)
 
 class ImageArray(Dataset):

@@ -48,8 +48,7 @@ from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 
 import tokenizers
 if not hasattr(tokenizers, "VQTokenizer"):
-    raise ImportError(f"{tokenizers.__file__} is another package of this name (Hugging Face's): put the folder of "
-                      f"{__file__} first in sys.path, and import it before anything that uses that package")
+    raise ImportError(f"found Hugging Face's tokenizers: first put {Path(__file__).parent} in front of sys.path")
 from d2c import PRESETS, ContinuousConfig, ContinuousGenerator, DiscreteConfig, DiscreteGenerator, compile_parts
 from tokenizers import (InputError, KLTokenizer, TokenizerConfig, VQTokenizer, find_files, open_images, reading,
                         to_float, to_tokens)
@@ -263,13 +262,13 @@ def fit(stage, model, read, count, defaults, fixed, extra, args, processes):
     start, log = 0, []
     if path.exists():
         file = read_checkpoint(path)
-        fixed = check_fixed(path, file, fixed)
         with reading(path, "it does not fit this stage; move it away or choose another --out"):
+            run, start, log = entries(file, run=dict, step=int, log=list).values()
+            fixed = check_fixed(path, run, fixed)
             model.load_state_dict(file["model"])
             average.module.load_state_dict(file["ema"])
             for optimizer, state in zip(optimizers, file["optimizers"], strict=True):
                 optimizer.load_state_dict(state)
-            start, log = entries(file, step=int, log=list).values()
         del file
     if len(set(processes.gather(torch.tensor([start], device=device)).tolist())) > 1:
         raise InputError(f"{path}: is not the same for all processes; --out must lie on storage that all nodes share")
@@ -319,10 +318,8 @@ def fit(stage, model, read, count, defaults, fixed, extra, args, processes):
     done, saved, look, stop, received = start, start, start + 1, 0, []
 
     def receive(number, frame):
-        """The loop finishes its step and saves; a second signal ends it at once. (But `timeout` and job schedulers send
-        the first one twice.)"""
         received.append((number, time.monotonic()))
-        if received[-1][1] > received[0][1] + 1:
+        if received[-1][1] > received[0][1] + 1:  # a second one does not wait; but some tools send the first one twice
             raise KeyboardInterrupt(number)
 
     on_signals(receive)
@@ -423,7 +420,7 @@ def stage0(args, preset, processes):
     fixed |= {name: identity(getattr(args, name)) for name in ("data", "vq", "kl")}
     if (folder / "meta.json").exists():
         meta = TokenCache(folder).meta
-        check_fixed(folder, meta, fixed)
+        check_fixed(folder, meta["run"], fixed)
         if not args.stage:
             processes.say(f"stage 0: finished ({meta['count']} pictures encoded in {folder})")
         return
@@ -432,7 +429,7 @@ def stage0(args, preset, processes):
     there, kinds = path.exists(), (("vq", VQTokenizer), ("kl", KLTokenizer))
     if there:
         vq, kl, file = load_tokenizers(path)
-        fixed = check_fixed(path, file, fixed)
+        fixed = check_fixed(path, file["run"], fixed)
     elif args.vq:
         vq, kl = (load_published(cls.from_published, getattr(args, name)) for name, cls in kinds)
     elif preset["vq"]:
@@ -445,9 +442,9 @@ def stage0(args, preset, processes):
     if vq.config.factor != kl.config.factor:
         raise InputError(f"the grids of --vq and --kl differ: {vq.config.factor} and {kl.config.factor} pixels a place")
     images = open_images(args.data or fixed["data"].rsplit(" [", 1)[0], preset["size"], args.seed)
-    counts = np.bincount(images.labels)
-    processes.say(f"data: {len(images)} pictures of {np.count_nonzero(counts)} classes, "
-                  f"{len(images.classes) - np.count_nonzero(counts)} classes without pictures{images.note}")
+    empty = len(images.classes) - np.count_nonzero(np.bincount(images.labels))
+    processes.say(f"data: {len(images)} pictures of {len(images.classes) - empty} classes"
+                  + f" (and {empty} classes without pictures)" * bool(empty) + images.note)
     processes.wait()  # all have looked before one of them writes
     vq, kl = vq.to(processes.device).eval(), kl.to(processes.device).eval()
     if not there:
@@ -563,7 +560,7 @@ class TokenCache:
         with reading(folder, "the token cache is unfinished or damaged: delete it and run train.py --stage 0"):
             self.meta = meta = json.loads((folder / "meta.json").read_text())
             entries(meta, run=dict, classes=list)
-            arrays = open_arrays(folder, cache_layout(meta["count"], math.prod(meta["grid"]), meta["channels"]))
+            arrays = open_arrays(folder, cache_layout(meta))
             if not 0 <= arrays["labels"].min() <= arrays["labels"].max() < len(meta["classes"]):
                 raise ValueError("labels.npy has labels of no class")
         self.codes, self.moments, self.labels = map(np.asarray, arrays.values())  # quicker to index than np.memmap
@@ -575,10 +572,10 @@ class TokenCache:
 def encode_images(images, vq, kl, tokenizers_id, folder, fixed, processes, workers=0, batch_size=64):
     """Encode a data set and its mirror image into the token cache `folder`; meta.json is written last. The processes
     take turns in batches; an interrupted encoding goes on where it was. Raises InputError."""
-    count, folder, facts = len(images), Path(folder), token_facts(vq, kl, tokenizers_id, images.size)
-    plan = dict(run=fixed, count=count, classes=images.classes, **facts)
-    layout = cache_layout(count, math.prod(facts["grid"]), facts["channels"])
-    shared = SharedArrays(folder, plan, layout, count, batch_size, processes)
+    count, folder = len(images), Path(folder)
+    meta = dict(run=fixed, count=count, classes=images.classes, **token_facts(vq, kl, tokenizers_id, images.size))
+    plan = json.dumps(meta, indent=1)
+    shared = SharedArrays(folder, plan, cache_layout(meta), count, batch_size, processes)
     loader = DataLoader(images, batch_sampler=[range(count)[rows] for _, rows in shared.todo], num_workers=workers,
                         worker_init_fn=leave_signals)
     for (_, rows), (pictures, labels) in zip(shared.work("encoding"), loader):  # work first: it marks the last batch
@@ -588,46 +585,47 @@ def encode_images(images, vq, kl, tokenizers_id, folder, fixed, processes, worke
             shared.arrays["codes"][mirrored, rows] = vq.encode(view).flatten(1).cpu().numpy()
             moments = to_tokens(kl.encode(view)).float().half().cpu()                         # (B,N,2C)
             if not moments.isfinite().all():
-                raise InputError(f"{folder}: the KL tokenizer makes numbers that float16 cannot hold; give another --kl, "
-                                 "or delete stage0.pt and tokenizers.pt and train stage 0 at a lower --lr")
+                raise InputError(f"{folder.parent}/tokenizers.pt: float16 cannot hold its latents; delete it and "
+                                 "stage0.pt and train stage 0 at a lower --lr, or give another --kl")
             shared.arrays["moments"][mirrored, rows] = moments.numpy()
     processes.wait()
     if processes.rank == 0:
         with writing(folder / "meta.json") as temporary:
-            temporary.write_text(json.dumps(plan, indent=1))
+            temporary.write_text(plan)
         for name in ("plan.json", "done.npy"):
             (folder / name).unlink(missing_ok=True)
     processes.wait()
 
 def token_facts(vq, kl, tokenizers_id, size):
-    """What tokens of pictures of `size` pixels have from their tokenizers."""
+    """What tokens of pictures of `size` pixels have from their tokenizers, as in meta.json."""
     return dict(tokenizers=tokenizers_id, grid=[size // vq.config.factor] * 2, channels=kl.config.z_channels,
                 scale=kl.scale, codebook_size=vq.config.codebook_size)
 
-def cache_layout(count, number, channels):
+def cache_layout(meta):
     """{name: (dtype, shape)} of the cache's arrays."""
-    return {"codes": (np.uint16, (2, count, number)), "moments": (np.float16, (2, count, number, 2 * channels)),
-            "labels": (np.int64, (count,))}
+    shape = 2, meta["count"], math.prod(meta["grid"])
+    return {"codes": (np.uint16, shape), "moments": (np.float16, (*shape, 2 * meta["channels"])),
+            "labels": (np.int64, shape[1:2])}
 
 def open_arrays(folder, layout, mode="r"):
     """{name: memory-mapped array} of folder/NAME.npy. Raises ValueError for one that is not as `layout` says."""
-    for name, (dtype, shape) in layout.items():
+    for name, kind in layout.items():
         array = np.load(folder / f"{name}.npy", "r", allow_pickle=False)  # "r+" would fill a file cut short with zeros
-        if (array.dtype, array.shape) != (dtype, shape):
+        if (array.dtype, array.shape) != kind:
             raise ValueError(f"{name}.npy does not belong here")
     return {name: np.load(folder / f"{name}.npy", mode, allow_pickle=False) for name in layout}
 
 class SharedArrays:
     """Arrays on disk that the processes of one node fill together, batch by batch, and that outlive an interruption:
-    folder/NAME.npy as `layout` says, {name: (dtype, shape)}; done.npy, a flag per batch; plan.json, what they are made
-    from. With the same plan the work goes on, with another it starts again. Raises InputError if the disk is full."""
+    folder/NAME.npy as `layout` says, {name: (dtype, shape)}; done.npy, a flag per batch; plan.json, `plan`, a text: what it
+    is made from. With the same plan the work goes on, else it starts again. Raises InputError on a full disk."""
     def __init__(self, folder, plan, layout, count, batch_size, processes):
         if processes.size > int(os.environ.get("LOCAL_WORLD_SIZE", 1)):
             raise InputError(f"{folder} is made on one node, whose processes share files: run this command there")
         self.count, self.batch_size, self.processes = count, batch_size, processes
         begun = Path(folder) / "plan.json"
         layout = layout | {"done": (np.bool_, (math.ceil(count / batch_size),))}
-        if processes.rank == 0 and not self.begun(folder, plan):
+        if processes.rank == 0 and not (begun.exists() and begun.read_text() == plan):
             with contextlib.ExitStack() as stack:
                 for name, (dtype, shape) in layout.items():
                     temporary = stack.enter_context(writing(begun.with_name(f"{name}.npy")))
@@ -637,7 +635,7 @@ class SharedArrays:
                             os.posix_fallocate(file.fileno(), 0, os.path.getsize(temporary))
                 begun.unlink(missing_ok=True)  # there is room for all: from here on, what was begun counts no more
             with writing(begun) as temporary:
-                temporary.write_text(json.dumps(plan, indent=1))
+                temporary.write_text(plan)
         processes.wait()
         with reading(folder, "delete it and run the command again"):
             self.arrays = open_arrays(begun.parent, layout, "r+")
@@ -646,12 +644,6 @@ class SharedArrays:
         processes.wait()  # nobody marks a batch before all have looked
         self.finished = count - sum(rows.stop - rows.start for _, rows in left)               # pictures
         self.todo = left[processes.rank::processes.size]
-
-    @staticmethod
-    def begun(folder, plan):
-        """Has this work been begun there?"""
-        path = Path(folder) / "plan.json"
-        return path.exists() and path.read_bytes() == json.dumps(plan, indent=1).encode()
 
     def work(self, what):
         """Yields (k, rows), a number and a slice, of the batches that are left to this process, and says how far all
@@ -694,24 +686,24 @@ def writing(path):
 
 @contextlib.contextmanager
 def locked(path, processes):
-    """Only one command at a time gets in: meanwhile `path` is locked, at most as long as this process lives. Raises
-    InputError for the next one, and where nothing can be written."""
+    """One command at a time: inside, `path` is locked, at most as long as this process lives. Raises InputError for the
+    next one, and where nothing can be written."""
     if processes.rank == 0:
-        try:
+        with reading(path, "it cannot be written: choose another --out"):
             path.parent.mkdir(parents=True, exist_ok=True)
             file = open(path, "w")
-            if os.name == "posix":
-                import fcntl
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):  # network disks may have no locks
-                why = "another command is at work" if error.errno == errno.EAGAIN else f"cannot be written ({error})"
-                raise InputError(f"{path}: {why}; wait for it, or choose another --out") from error
+        try:
+            import fcntl
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{path}: another command is at work; wait for it, or choose another --out") from None
+        except (ImportError, OSError):  # Windows, and some network disks, have no such locks
+            pass
     try:
         yield
     finally:
-        with contextlib.suppress(OSError):
-            processes.rank or path.unlink()
+        if processes.rank == 0:
+            path.unlink(missing_ok=True)
 
 def read_checkpoint(path):
     """The dict in a torch file, on the CPU, without running code from it. (An argparse Namespace, which training
@@ -731,11 +723,12 @@ def check_finite(part, name=""):
             raise ValueError(f"{name}{key} holds numbers that are not finite")
 
 def entries(file, **kinds):
-    """The entries of a dict that are named, {name: value}. Raises KeyError or ValueError for one that is missing, not of
-    its kind (a float may be an int, a tuple a list), or a number below zero, which no file of ours holds."""
+    """{name: value} of these entries of a dict. Raises KeyError or ValueError for one that is missing, of another kind
+    (a float may be an int, a tuple a list), or a number below zero, which no file of ours holds."""
     for name, kind in kinds.items():
-        value, kinds_too = file[name], {float: (int, float), tuple: (tuple, list)}.get(kind, kind)
-        if not isinstance(value, kinds_too) or isinstance(value, (int, float)) and not value >= 0:
+        value = file[name]
+        if not (isinstance(value, {float: (int, float), tuple: (tuple, list)}.get(kind, kind))
+                and (kind not in (int, float) or value >= 0)):
             raise ValueError(f"{name} is {str(value)[:50]}")
     return {name: file[name] for name in kinds}
 
@@ -780,12 +773,9 @@ def load_tokenizers(path):
         kl.scale = float(file["scale"])
         return vq.eval(), kl.eval(), entries(file, id=str, size=int, run=dict)
 
-def check_fixed(path, file, fixed):
-    """What must stay the same from command to command must be as it was when `path` was made, whose content is `file`;
-    flags without a default that are not given (None) are taken from there. Returns all of it. Raises InputError naming
-    the difference."""
-    with reading(path, "it is damaged: delete it, or choose another --out"):
-        before = entries(file, run=dict)["run"]
+def check_fixed(path, before, fixed):
+    """What must stay the same from command to command must be as it was when `path` was made; flags without a default
+    that are not given (None) are taken from there. Returns all of it. Raises InputError naming the difference."""
     for name, value in fixed.items():
         old, new = (str(x).rpartition(" [")[2] for x in (before.get(name), value))  # checksums, where there are some
         if value is not None and old != new:
@@ -794,18 +784,15 @@ def check_fixed(path, file, fixed):
     return before
 
 def identity(path):
-    """How a run remembers a file or data set: PATH [CHECKSUM], of which the checksum counts: of the names and sizes of a
-    folder's files, or of a file's size and last megabyte (where .npz and .pt have checksums of all that they hold)."""
+    """How a run remembers a file or data set: "PATH [CHECKSUM]", of which the checksum counts. A folder's covers names
+    and sizes of its files, a file's its size and last megabyte (where .npz and .pt keep checksums of all parts)."""
     if path in (None, "shapes"):
         return path
     with reading(path, "no such folder or file (--data also takes shapes)"):
         if os.path.isdir(path):
             content = [(str(file.relative_to(path)), file.stat().st_size) for file in find_files(path)]
         else:
-            with open(path, "rb") as file:
-                size = file.seek(0, os.SEEK_END)
-                file.seek(max(0, size - 2**20))
-                content = size, file.read()
+            content = os.path.getsize(path), np.memmap(path, mode="r")[-2**20:].tobytes()
         return f"{Path(path).resolve()} [{hashlib.blake2b(repr(content).encode(), digest_size=8).hexdigest()}]"
 
 # Processes, devices and errors ---------------------------------------------------------------------------------------
@@ -817,8 +804,8 @@ class Processes:
         self.rank, self.size, local = 0, 1, 0
         if os.environ.get("WORLD_SIZE", "1") != "1":
             with reading("WORLD_SIZE", "unset it, or start by torchrun, which sets more than that"):
-                self.rank, self.size, local, _, _ = (int(os.environ[name]) for name in (
-                    "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT"))
+                names = "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT"
+                self.rank, self.size, local, *_ = (int(os.environ[name]) for name in names)
         available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
         name = next(kind for kind in available if available[kind]) if device == "auto" else device
         if not available[name]:
@@ -905,8 +892,7 @@ def user_errors(parser):
     except torch.OutOfMemoryError:
         parser.error("the device's memory is full: use a smaller --batch-size (in training also --accumulate)")
     except KeyboardInterrupt as error:
-        number = (*error.args, signal.SIGINT)[0]
-        parser.exit(128 + number, "interrupted; the same command again goes on where it can\n")
+        parser.exit(128 + (*error.args, signal.SIGINT)[0], "interrupted; the same command again goes on where it can\n")
     except RuntimeError as error:
         if dist.is_initialized() and "peer" in str(error):
             parser.error("another process of this command has stopped; the reason stands above, or in its own output")

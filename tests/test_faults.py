@@ -217,7 +217,7 @@ def test_moments_that_float16_cannot_hold_are_not_encoded(half, data, capsys):
     file = load(folder / "tokenizers.pt")
     file["kl"]["quant_conv.weight"] *= 1e9  # as a rate far too high would make them: finite, and useless
     torch.save(file, folder / "tokenizers.pt")
-    refused(train.main, command, capsys, folder / "tokens", "float16", "--lr")
+    refused(train.main, command, capsys, folder / "tokenizers.pt", "float16", "--lr")
     assert not (folder / "tokens" / "meta.json").exists()
 
 
@@ -443,7 +443,7 @@ def test_a_kill_between_the_pictures_and_the_clearing_up(finished, tmp_path, mon
 def test_classes_without_pictures_are_not_sampled(tmp_path, capsys):
     data, run = arrays(tmp_path / "a.npz", labels=np.array([0, 1, 2, 255] * 2)), tmp_path / "run"
     train.main(["--preset", "tiny", "--data", str(data), "--out", str(run), "--steps", "2", "--batch-size", "2"])
-    assert "8 pictures of 4 classes, 252 classes without pictures" in capsys.readouterr().out
+    assert "8 pictures of 4 classes (and 252 classes without pictures" in capsys.readouterr().out
     pipeline = sample.Pipeline.from_run(run)
     assert len(pipeline.classes) == 256 and pipeline.trained == [0, 1, 2, 255]
     seen = []
@@ -505,7 +505,6 @@ def test_what_is_a_picture(tmp_path, capsys):
         (root / name).write_bytes((root / "ant" / "0.png").read_bytes())
     pictures(tmp_path / "elsewhere", ["more"], 5)
     (root / "ant" / "link").symlink_to(tmp_path / "elsewhere")
-    (root / "bee" / "round").symlink_to(root / "bee")  # must not lead around for ever
     shutil.copy(root / "ant" / "1.png", root / "bee" / "2.JFIF")
     images = ImageFolder(root, 16)
     assert images.classes == ["ant", "bee"] and images.labels.tolist() == [0] * 7 + [1] * 3
@@ -513,6 +512,10 @@ def test_what_is_a_picture(tmp_path, capsys):
     folder = fid.Folder(root)
     assert len(folder) == 11 and folder.others == 2
     assert next(fid.caveats(fid.ImageSet("data", folder), fid.ImageSet(), ["IS"], None)).startswith("data: 2 files")
+    (root / "bee" / "round").symlink_to(root / "bee")
+    for find in (tokenizers.find_files, fid.find_files):
+        assert len(find(root)) == 13  # none twice, and not for ever
+        assert [path.name for path in find(f"{tmp_path}/elsewhere/")] == [f"{i}.png" for i in range(5)]
     pictures(tmp_path / "imagenet", ["train", "val"])
     assert "did you mean" in ImageFolder(tmp_path / "imagenet", 16).note
 
