@@ -335,9 +335,8 @@ def fit(stage, model, read, count, defaults, fixed, extra, args, processes):
                 bad = [done + 1 - len(history) + i for i, loss in enumerate(history) if not math.isfinite(loss)]
                 if bad or not math.isfinite(validation):
                     saved = done  # nothing worth saving
-                    raise InputError(f"stage {stage}: the loss is not finite at step {(bad or [done])[0]}: try "
-                                     f"--stage {stage} --lr {settings['lr'] / 3:.1e}, a lower rate. Earlier saves "
-                                     "are whole")
+                    raise InputError(f"stage {stage}: the loss is not finite at step {(bad or [done])[0]}: try a lower "
+                                     f"rate, as --lr {settings['lr'] / 3:.1e}. Earlier saves are whole")
                 loss, rate, now = sum(history) / len(history), optimizers[0].param_groups[0]["lr"], time.time()
                 speed = len(history) * batch_size / max(now - last, 1e-9)  # a clock may stand still for a while
                 eta = timedelta(seconds=int((steps - done) * (now - began) / (done - start)))
@@ -441,7 +440,7 @@ def stage0(args, preset, processes):
         raise InputError(f"preset {args.preset} needs --data: a folder of class folders, an .npz, or shapes")
     if vq.config.factor != kl.config.factor:
         raise InputError(f"the grids of --vq and --kl differ: {vq.config.factor} and {kl.config.factor} pixels a place")
-    images = open_images(args.data or fixed["data"].rsplit(" [", 1)[0], preset["size"], args.seed)
+    images = open_images(args.data or str(fixed["data"]).rsplit(" [", 1)[0], preset["size"], args.seed)
     empty = len(images.classes) - np.count_nonzero(np.bincount(images.labels))
     processes.say(f"data: {len(images)} pictures of {len(images.classes) - empty} classes"
                   + f" (and {empty} classes without pictures)" * bool(empty) + images.note)
@@ -617,8 +616,8 @@ def open_arrays(folder, layout, mode="r"):
 
 class SharedArrays:
     """Arrays on disk that the processes of one node fill together, batch by batch, and that outlive an interruption:
-    folder/NAME.npy as `layout` says, {name: (dtype, shape)}; done.npy, a flag per batch; plan.json, `plan`, a text: what it
-    is made from. With the same plan the work goes on, else it starts again. Raises InputError on a full disk."""
+    folder/NAME.npy as `layout` says, {name: (dtype, shape)}; done.npy, a flag per batch; plan.json, the text `plan`, of
+    what they are made. With the same plan the work goes on, else it starts again. Raises InputError on a full disk."""
     def __init__(self, folder, plan, layout, count, batch_size, processes):
         if processes.size > int(os.environ.get("LOCAL_WORLD_SIZE", 1)):
             raise InputError(f"{folder} is made on one node, whose processes share files: run this command there")
@@ -788,7 +787,7 @@ def identity(path):
     and sizes of its files, a file's its size and last megabyte (where .npz and .pt keep checksums of all parts)."""
     if path in (None, "shapes"):
         return path
-    with reading(path, "no such folder or file (--data also takes shapes)"):
+    with reading(path, "no such folder or file? A run that has used it before needs no such flag"):
         if os.path.isdir(path):
             content = [(str(file.relative_to(path)), file.stat().st_size) for file in find_files(path)]
         else:

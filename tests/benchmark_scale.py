@@ -2,8 +2,10 @@
 
     python tests/benchmark_scale.py full      preset B, all stages and sampling, from weight files in the published form
     python tests/benchmark_scale.py costs     parameters, FLOPs and GPU-hours of presets B, L and H
-    python tests/benchmark_scale.py kills     SIGKILL at 30 random moments, then compare with an undisturbed run
-    python tests/benchmark_scale.py fuzz      300 damaged inputs: one clear line or handled, and no traceback
+    python tests/benchmark_scale.py kills     SIGKILL at 40 random moments, then compare with an undisturbed run
+    python tests/benchmark_scale.py kills --processes 2    the same under torchrun, 10 moments; every other kill hits
+                                                           one process alone
+    python tests/benchmark_scale.py fuzz --seed 1          300 damaged inputs: one clear line or handled, no traceback
 
 (`python tests/benchmark.py loader` measures how fast batches are read.) The figures stand in docs/imagenet.md.
 """
@@ -71,7 +73,7 @@ def stage2_flops(preset, fusion):
     return sum(p.numel() for p in model.parameters()) - added, added, counter.get_total_flops()
 
 
-def costs(folder):
+def costs(folder, args):
     def hours(flops, epochs):
         return flops * 1_281_167 * epochs / USABLE / 3600
 
@@ -100,7 +102,7 @@ def stand_in_images(root, count, classes=1000):
     return root
 
 
-def full(folder):
+def full(folder, args):
     clock = time.time()
 
     def say(what):
@@ -141,10 +143,11 @@ def full(folder):
 
 # Kills ---------------------------------------------------------------------------------------------------------------
 
-def kills(folder):
+def kills(folder, args):
     images = tokenizers.Shapes(16, count=30000)
     np.savez(folder / "shapes.npz", images=np.stack([images[i][0] for i in range(30000)]), labels=np.arange(30000) % 10)
-    rng = random.Random(0)
+    rng = random.Random(args.seed)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.processes}", "--"]
 
     def commands(name):
         training = ["train", "--preset", "tiny", "--data", folder / "shapes.npz", "--out", folder / name,
@@ -152,15 +155,27 @@ def kills(folder):
         return training, ["sample", "--run", folder / name, "--num", "20000", "--out", folder / f"{name}.npz"]
 
     def start(command):
-        words = [sys.executable, "-u", str(Path(tiny.__file__)), *map(str, command)]
-        return subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+        words = [sys.executable, "-u", *(torchrun if args.processes > 1 else []), str(Path(tiny.__file__)),
+                 *map(str, command)]
+        return subprocess.Popen(words, stdout=subprocess.PIPE, text=True, start_new_session=True)
+
+    def kill(process):
+        """The whole group, or one of torchrun's processes, so that torchrun ends the others."""
+        if args.processes == 1 or count % 2:
+            os.killpg(process.pid, signal.SIGKILL)
+        else:
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            os.kill(int(rng.choice(children)), signal.SIGKILL)
+        return process.communicate()
 
     for command in commands("undisturbed"):
         start(command).communicate()
     training, sampling = commands("killed")
     count, resuming, plan = 0, ("resuming", "goes on"), folder / "killed" / "tokens" / "plan.json"
-    for command, phases in ((training, {"stage 0  step": 7, "encoding": 4, "stage 1  step": 6, "stage 2  step": 6}),
-                            (sampling, {"sampled": 7})):
+    times = dict(zip(("stage 0  step", "encoding", "stage 1  step", "stage 2  step", "sampled"),
+                     (9, 6, 8, 8, 9) if args.processes == 1 else (2,) * 5))
+    for command, phases in ((training, {phase: n for phase, n in times.items() if phase != "sampled"}),
+                            (sampling, {"sampled": times["sampled"]})):
         for phase in [phase for phase, times in phases.items() for _ in range(times)]:
             process, resumed = start(command), "from the start"
             for line in process.stdout:
@@ -169,11 +184,10 @@ def kills(folder):
                 if line.startswith(phase) or phase == "encoding" and plan.exists():
                     break
             time.sleep(rng.uniform(0, 0.6 if "step" in phase else 3))
-            process.kill()
-            process.communicate()
+            kill(process)
             count += 1
             print(f"kill {count:2} in {phase.split('  ')[0]}, {resumed}", flush=True)
-            assert process.returncode == -signal.SIGKILL, "the work was finished before the kill"
+            assert process.returncode, "the work was finished before the kill"
         process = start(command)
         output = process.communicate()[0].splitlines()
         assert process.returncode == 0
@@ -273,8 +287,8 @@ def damage(path, rng, bomb):
     return kind
 
 
-def fuzz(folder, count=300):
-    rng, whole, bomb = random.Random(0), folder / "whole", folder / "bomb"
+def fuzz(folder, args, count=300):
+    rng, whole, bomb = random.Random(args.seed), folder / "whole", folder / "bomb"
     whole.mkdir()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # of numpy, about numbers that a flipped bit has made
@@ -351,12 +365,14 @@ def fuzz(folder, count=300):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("what", choices=("costs", "full", "kills", "fuzz"))
+    parser.add_argument("--seed", type=int, default=0, help="of kills and fuzz")
+    parser.add_argument("--processes", type=int, default=1, help="of kills")
     parser.add_argument("--folder", default="runs/scale", help="works in FOLDER/WHAT, which is emptied first")
     args = parser.parse_args()
     folder = Path(args.folder).resolve() / args.what
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    sys.exit({"costs": costs, "full": full, "kills": kills, "fuzz": fuzz}[args.what](folder))
+    sys.exit({"costs": costs, "full": full, "kills": kills, "fuzz": fuzz}[args.what](folder, args))
 
 
 if __name__ == "__main__":
