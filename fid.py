@@ -34,6 +34,7 @@ import json
 import math
 import os
 import sys
+import tempfile
 import zipfile
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
@@ -43,7 +44,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from PIL import Image
 from scipy.linalg.lapack import dpstrf
 from scipy.special import rel_entr
@@ -217,7 +217,7 @@ def preprocess(images, resize="tf1"):
     x = images.permute(0, 3, 1, 2).contiguous().float()  # (B,3,H,W)
     if resize == "tf1":
         return (tf1_resize(x) - 128) / 128  # 128, not 127.5: as in TensorFlow's graph
-    return 2 * F.interpolate(x / 255, size=(299, 299), mode="bilinear", align_corners=False) - 1
+    return 2 * nn.functional.interpolate(x / 255, size=(299, 299), mode="bilinear", align_corners=False) - 1
 
 @torch.backends.cudnn.flags(enabled=True, allow_tf32=False)  # TF32 is on by default in convolutions: 10 bits of 23
 def features(model, images, batch_size=50, resize="tf1", device="cpu"):
@@ -244,6 +244,7 @@ WEIGHTS_URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_we
 METRICS = ["FID", "sFID", "IS", "precision", "recall"]
 GAUSSIANS = {"FID": ("pool", "mu", "sigma"), "sFID": ("spatial", "mu_s", "sigma_s")}  # a feature, its statistics
 STATISTICS = {"mu": (2048,), "sigma": (2048, 2048), "mu_s": (2023,), "sigma_s": (2023, 2023)}  # as in ADM's files
+SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp")
 
 class InputError(Exception):
     """A file or flag cannot be used; the message names it and the remedy."""
@@ -269,20 +270,15 @@ def load_inception(path=None, device="cpu"):
         model = inception_from_state(torch.load(path or cached, map_location="cpu", weights_only=True))
     return fold_batch_norms(model).to(device, memory_format=torch.channels_last)
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp")
-
-def find_files(root):
-    """Paths of all files below a folder, sorted; hidden ones (.name) do not count, linked ones do. Raises OSError."""
-    def fail(error):
-        raise error
-
-    files, seen = [], set()  # a link to a folder above would lead around for ever
-    for folder, inside, names in os.walk(root, onerror=fail, followlinks=True):
-        new = os.path.realpath(folder) not in seen
-        seen.add(os.path.realpath(folder))
-        inside[:] = sorted(name for name in inside if new and name[0] != ".")
-        files += [Path(folder, name) for name in names if new and name[0] != "."]
-    return sorted(files)
+def find_files(root, seen=None):
+    """Paths of all files below a folder, by name; hidden ones (.name) do not count, linked ones do. Raises OSError."""
+    files, seen = [], set() if seen is None else seen
+    if os.path.realpath(root) not in seen:  # a link to a folder above would lead around for ever
+        seen.add(os.path.realpath(root))
+        for entry in sorted(os.scandir(root), key=lambda entry: entry.name):
+            if not entry.name.startswith("."):
+                files += find_files(entry.path, seen) if entry.is_dir() else [Path(entry)]
+    return files
 
 class Folder:
     """All PNG, JPEG and WebP images below a folder. The headers of all are checked before the first is decoded."""
@@ -316,13 +312,12 @@ class Archive:
         archive = zipfile.ZipFile(path)
         self.path, self.file = path, archive.open(f"{key}.npy")
         np.lib.format.read_magic(self.file)
-        self.shape, columns_first, dtype = np.lib.format.read_array_header_1_0(self.file)
+        self.shape, fortran, dtype = np.lib.format.read_array_header_1_0(self.file)
         self.start = self.file.tell()
-        size = archive.getinfo(f"{key}.npy").file_size - self.start
+        size, order = archive.getinfo(f"{key}.npy").file_size - self.start, "Fortran" if fortran else "C"
         if dtype != np.uint8 or self.shape[3:] != (3,) or min(self.shape[1:]) < 1 or math.prod(self.shape) != size:
-            order = "Fortran" if columns_first else "C"
             raise ValueError(f"{key} is a {dtype} array {self.shape} in {order} order, {size} bytes")
-        self.whole = np.load(path, allow_pickle=False)[key] if columns_first else None  # in no order to read slices in
+        self.whole = np.load(path, allow_pickle=False)[key] if fortran else None  # its slices do not lie together
 
     def __len__(self):
         return self.shape[0]
@@ -337,7 +332,7 @@ class Archive:
             data = bytearray(self.file.read((end - begin) * size))  # torch wants writable memory
             return np.frombuffer(data, np.uint8).reshape(end - begin, *self.shape[1:])  # (n,H,W,3)
 
-@dataclass(eq=False)  # `side in looked` asks for this very set; arrays cannot be compared with a plain ==
+@dataclass(eq=False)  # a set equals only itself: arrays cannot be compared with a plain ==
 class ImageSet:
     """The samples or the reference: what the file holds, and later what the network finds in the images.
     FID and sFID prefer saved statistics: ADM's reference has those of all training images, but only 10,000 images."""
@@ -356,7 +351,7 @@ def read_set(name):
     found, remedy = ImageSet(name), "give a folder, or an .npz of uint8 (N,H,W,3), or one of --make-stats"
     stem, colon, key = name.partition(".npz:")
     path = f"{stem}.npz" if colon else name
-    if Path(path).is_dir():
+    if os.path.isdir(path):
         found.images = Folder(path)
     else:
         with reading(path, remedy), np.load(path, allow_pickle=False) as file:
@@ -415,9 +410,8 @@ def caveats(samples, reference, metrics, weights):
     usual, whose = (50000, "papers have") if reference.saved else (len(reference.images), "the reference has")
     if samples.images and usual and len(samples.images) != usual:
         yield f"{samples.name}: {len(samples.images)} images, {whose} {usual}; FID falls and recall rises with more"
-    used = {weights, samples.notes.get("weights"), reference.notes.get("weights")} - {None}
-    if used - {HASH}:
-        yield f"Inception weights {', '.join(sorted(used))}: compare only equal weights; those of papers are {HASH}"
+    if other := {weights, samples.notes.get("weights"), reference.notes.get("weights")} - {None, HASH}:
+        yield f"Inception weights {', '.join(sorted(other))}: compare only equal weights; those of papers are {HASH}"
     if any(path.suffix.lower() in (".jpg", ".jpeg") for path in getattr(samples.images, "paths", [])):
         yield f"{samples.name}: JPEG changes pixels, and FID sees it; save samples as PNG or .npz"
 
@@ -428,34 +422,29 @@ def evaluate(args, device):
         raise InputError("--ref is missing: name an .npz or a folder, or ask for --metrics IS or --make-stats OUT.npz")
     if args.batch_size < 1:
         raise InputError(f"--batch-size {args.batch_size}: must be at least 1")
-    samples, reference = read_set(args.samples), read_set(args.ref) if args.ref else ImageSet()
-    for side in (samples, reference):
+    samples, reference = sides = read_set(args.samples), read_set(args.ref) if args.ref else ImageSet()
+    for side in sides:
         if side.notes.get("resize", args.resize) != args.resize:
             raise InputError(f"{side.name}: its statistics were made with --resize {side.notes['resize']}; use it too")
     if args.out and (samples.saved or args.out.exists() or not args.out.parent.is_dir()):
         raise InputError(f"--make-stats {args.out}: must be a new file; images beside statistics need FILE.npz:KEY")
-
-    unavailable = {}
-    for metric in metrics:
-        for side in [samples] if metric == "IS" else [samples, reference]:
-            if metric not in side.saved and not side.images:
-                unavailable[metric] = f"{side.name} has no images, and no statistics for it"
+    # For a metric the network looks at the images of both sets (of the samples, for IS), unless statistics are saved.
+    looks = [(metric, side) for metric in metrics for side in (sides if metric != "IS" else [samples])
+             if metric not in side.saved]
+    unavailable = {metric: f"{side.name} has no images, and no statistics for it"
+                   for metric, side in looks if not side.images}
     if args.metrics and unavailable:
         raise InputError("; ".join(f"--metrics {metric}: {reason}" for metric, reason in unavailable.items()))
-    metrics = [metric for metric in metrics if metric not in unavailable]
-    # The network must see the images of a set, unless saved statistics are all that is asked of it.
-    looked = [samples] if args.out or any(metric not in samples.saved for metric in metrics) else []
-    looked += [reference] if any(metric not in reference.saved for metric in metrics if metric != "IS") else []
+    looked = [side for side in sides if any(side is other and metric not in unavailable for metric, other in looks)]
     if args.bootstrap and (args.bootstrap < 2 or samples.saved or any(len(side.images) < 8 for side in looked)):
         raise InputError(f"--bootstrap {args.bootstrap}: takes 2 or more, at least 8 images a set, no saved samples")
-
     weights = None
     if looked:
         model = load_inception(args.weights, device)
         weights = hashlib.sha256(Path(args.weights).read_bytes()).hexdigest()[:8] if args.weights else HASH
         if "IS" in metrics and model.fc is None:
-            metrics.remove("IS")
             unavailable["IS"] = "the weights have no last layer, fc"
+    metrics = [metric for metric in metrics if metric not in unavailable]
     for caveat in caveats(samples, reference, metrics, weights):
         print("warning:", caveat, file=sys.stderr)
     for side in looked:
@@ -465,35 +454,33 @@ def evaluate(args, device):
         side.features = {name: x for name, x in zip(("pool", "spatial", "logits"), found) if x is not None}
     if args.out:
         arrays = dict(zip(STATISTICS, samples.gaussian("FID") + samples.gaussian("sFID")))
-        temporary = Path(f"{args.out}.tmp.npz")
-        try:
-            np.savez(temporary, **arrays, resize=args.resize, weights=weights, count=len(samples.images))
-            temporary.replace(args.out)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with tempfile.TemporaryDirectory(dir=args.out.parent) as folder:  # the file appears whole, or not at all
+            np.savez(f"{folder}/whole.npz", **arrays, resize=args.resize, weights=weights, count=len(samples.images))
+            os.replace(f"{folder}/whole.npz", args.out)
         print(f"saved {args.out}", file=sys.stderr)
     result = compare(samples, reference, metrics, device)
     if args.bootstrap:
         result["standard_errors"] = standard_errors(samples, reference, metrics, device, args.bootstrap)
-    for role, side in (("samples", samples), ("reference", reference)):
+    for role, side in zip(("samples", "reference"), sides):
         result |= {role: side.name, f"{role}_images": len(side.images) if side in looked else None,
                    f"{role}_statistics": not side.saved.keys().isdisjoint(metrics)}
     return result | {"unavailable": unavailable, "weights": weights, "resize": args.resize}
 
 def report(result):
-    """Print what `evaluate` found: the numbers, and all that one must know to compare them."""
+    """What `evaluate` found, as text: the numbers, and all that one must know to compare them."""
+    errors, rows = result.get("standard_errors", {}), []
     for metric in METRICS:
         if metric in result:
-            errors = result.get("standard_errors", {})
-            print(f"{metric:10} {result[metric]:.4f}" + (f" +- {errors[metric]:.4f}" if errors else ""))
+            rows.append((metric, f"{result[metric]:.4f}" + (f" +- {errors[metric]:.4f}" if errors else "")))
         elif metric in result["unavailable"]:
-            print(f"{metric:10} unavailable: {result['unavailable'][metric]}")
+            rows.append((metric, f"unavailable: {result['unavailable'][metric]}"))
     for role in ("samples", "reference"):
         if result[role]:
             used = ", its statistics" if result[f"{role}_statistics"] else ""
-            print(f"{role:10} {result[role]}: {result[f'{role}_images'] or 'no'} images{used}")
+            rows.append((role, f"{result[role]}: {result[f'{role}_images'] or 'no'} images{used}"))
     if result["weights"]:
-        print(f"{'Inception':10} weights {result['weights']}, resize {result['resize']}")
+        rows.append(("Inception", f"weights {result['weights']}, resize {result['resize']}"))
+    return "\n".join(f"{label:10} {text}" for label, text in rows)
 
 def main(argv=None):
     best = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
@@ -517,10 +504,7 @@ def main(argv=None):
         parser.error("the device's memory is full: use a smaller --batch-size")
     except KeyboardInterrupt:
         parser.exit(130, "interrupted\n")
-    if args.json:
-        print(json.dumps(result))
-    else:
-        report(result)
+    print(json.dumps(result) if args.json else report(result))
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -398,18 +398,15 @@ class ImageFolder(Dataset):
         path, label = self.files[index]
         return read_image(path, self.size), label
 
-def find_files(root):
-    """Paths of all files below a folder, sorted; hidden ones (.name) do not count, linked ones do. Raises OSError."""
-    def fail(error):
-        raise error
-
-    files, seen = [], set()  # a link to a folder above would lead around for ever
-    for folder, inside, names in os.walk(root, onerror=fail, followlinks=True):
-        new = os.path.realpath(folder) not in seen
-        seen.add(os.path.realpath(folder))
-        inside[:] = sorted(name for name in inside if new and name[0] != ".")
-        files += [Path(folder, name) for name in names if new and name[0] != "."]
-    return sorted(files)
+def find_files(root, seen=None):
+    """Paths of all files below a folder, by name; hidden ones (.name) do not count, linked ones do. Raises OSError."""
+    files, seen = [], set() if seen is None else seen
+    if os.path.realpath(root) not in seen:  # a link to a folder above would lead around for ever
+        seen.add(os.path.realpath(root))
+        for entry in sorted(os.scandir(root), key=lambda entry: entry.name):
+            if not entry.name.startswith("."):
+                files += find_files(entry.path, seen) if entry.is_dir() else [Path(entry)]
+    return files
 
 class ImageArray(Dataset):
     """An .npz with `images` uint8 (N,H,W,3), integer `labels` (N,) from 0 upwards and, optionally, `classes`: a name

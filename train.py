@@ -304,8 +304,7 @@ def fit(stage, model, read, count, defaults, fixed, extra, args, processes):
         compile_parts(model)
     wrapped = model
     if processes.size > 1:
-        devices = [device.index] if device.type == "cuda" else None
-        wrapped = DistributedDataParallel(model, devices, broadcast_buffers=False)
+        wrapped = DistributedDataParallel(model, [device.index] if device.type == "cuda" else None)
     resuming = f"resuming {path} at step {start} of {steps}, " if start else ""
     processes.say(f"stage {stage}: {resuming}{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, "
                   f"{len(train.indices)} pictures, steps of {batch_size}, on {processes.size} x {device}")
