@@ -164,8 +164,9 @@ def kills(folder, args):
         if args.processes == 1 or count % 2:
             os.killpg(process.pid, signal.SIGKILL)
         else:
-            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-            os.kill(int(rng.choice(children)), signal.SIGKILL)
+            tasks = Path(f"/proc/{process.pid}/task").iterdir()
+            children = [int(child) for task in tasks for child in (task / "children").read_text().split()]
+            os.kill(rng.choice(sorted(children)), signal.SIGKILL)
         return process.communicate()
 
     for command in commands("undisturbed"):
