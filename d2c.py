@@ -6,16 +6,14 @@
 DiscreteGenerator (stage 1) is LlamaGen's decoder-only transformer (arXiv 2406.06525): it writes the picture as a row of
 codes, after a class token. ContinuousGenerator (stage 2) is MAR (arXiv 2406.11838): a masked autoencoder sees the
 class, the codes and the latents drawn so far, and makes a condition z_i for every place i; a small network, the
-diffusion head, turns z_i and noise into the latent of that place. Places are drawn in random order, several in one
-token step. Both have the parameter names of the originals; with fusion="none" stage 2 is MAR itself. Codes come in
-through `fusion.py`.
+diffusion head, turns z_i and noise into the latent there. Places are drawn in random order, several per token step.
+Both have the parameter names of the originals. Codes enter by `fusion.py`; with fusion="none" stage 2 is MAR itself.
 
     stage 1    p(codes | class) = prod_i p(code_i | class, code_1 .. code_i-1)
     stage 2    loss per hidden place = | eps - eps_theta(sqrt(a_t) x + sqrt(1 - a_t) eps, t, z_i) |^2  + a variance term
 
-A label of -1 stands for "no class", codes of -1 for "no codes". Some training samples get them, so that the generators
-learn to predict without. Classifier-free guidance (arXiv 2207.12598) extrapolates: uncond + cfg_scale * (cond -
-uncond).
+A label of -1 stands for "no class", codes of -1 for "no codes". Some training samples get them: the generators learn
+to predict without. Classifier-free guidance (arXiv 2207.12598) extrapolates: uncond + cfg_scale * (cond - uncond).
 
 Shapes: B pictures, N = h*w places, D width, K codes, C latent channels; M rows in the diffusion part (a row is one
 latent at one noise level). Reading order: stage 1, diffusion, stage 2, the whole pipeline, presets.
@@ -45,15 +43,14 @@ class DiscreteConfig:
     dropout: float = 0.1
 
 def rotary_table(grid, head_dim):
-    """Angles of the 2-D rotary positions as (cos, sin): (1 + h*w, head_dim/2, 2).
-
-    A head is head_dim/2 pairs of numbers. The first half of the pairs turns with the row of a place, the second half
-    with its column: pair i of a half by the angle n / 10000^(2i / (head_dim/2)), where n is the number of the row or
-    column. The table's first entry is the class token's and all zero: its key and query vanish, and every code gives it
-    the same attention score, 0. (An oddity of LlamaGen's code that its weights need.)"""
+    """Angles of the 2-D rotary positions as (cos, sin): (1 + h*w, head_dim/2, 2). A head is head_dim/2 pairs of
+    numbers. The first half of the pairs turns with the row of a place, the second half with its column: pair i of a
+    half by the angle n / 10000^(2i / (head_dim/2)), where n is the number of the row or column. The first entry is the
+    class token's and all zero: its key and query vanish, and every code gives it the same attention score, 0. (An
+    oddity of LlamaGen's code that its weights need.)"""
     frequencies = 10000.0 ** (-torch.arange(0, head_dim // 2, 2).float() / (head_dim // 2))   # (head_dim/4,)
-    rows, columns = torch.meshgrid(*(torch.arange(size).float() for size in grid), indexing="ij")  # (h,w) each
-    angles = torch.cat([n.flatten()[:, None] * frequencies for n in (rows, columns)], 1)      # (h*w,head_dim/2)
+    places = torch.cartesian_prod(*(torch.arange(size).float() for size in grid))             # (h*w,2) row, column
+    angles = (places[..., None] * frequencies).flatten(1)                                     # (h*w,head_dim/2)
     table = torch.stack([angles.cos(), angles.sin()], -1)                                     # (h*w,head_dim/2,2)
     return torch.cat([torch.zeros(1, head_dim // 2, 2), table])                               # (1+h*w,head_dim/2,2)
 
@@ -80,13 +77,9 @@ class CausalAttention(nn.Module):
         qkv = self.wqkv(x).unflatten(2, (3 * self.num_heads, -1)).transpose(1, 2)             # (B,3*heads,T,head_dim)
         qk, v = qkv.split([2 * self.num_heads, self.num_heads], dim=1)
         q, k = rotate(qk, table).chunk(2, dim=1)                                              # (B,heads,T,head_dim)
-        if cache is None:
-            x = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        else:
-            keys, values = cache
-            keys.index_copy_(2, position, k)
-            values.index_copy_(2, position, v)
-            x = F.scaled_dot_product_attention(q, keys, values, attn_mask=past)
+        if cache is not None:
+            k, v = cache[0].index_copy_(2, position, k), cache[1].index_copy_(2, position, v)  # (B,heads,N,head_dim)
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=past, is_causal=cache is None)
         x = self.wo(x.transpose(1, 2).flatten(2))                                             # (B,T,D)
         return F.dropout(x, self.dropout, self.training)
 
@@ -96,8 +89,7 @@ class SwiGLU(nn.Module):
         super().__init__()
         hidden = 256 * math.ceil(8 * config.width / 3 / 256)
         self.dropout = config.dropout
-        self.w1 = nn.Linear(config.width, hidden, bias=False)
-        self.w3 = nn.Linear(config.width, hidden, bias=False)
+        self.w1, self.w3 = (nn.Linear(config.width, hidden, bias=False) for _ in range(2))
         self.w2 = nn.Linear(hidden, config.width, bias=False)
 
     def forward(self, x):
@@ -155,9 +147,8 @@ class DiscreteGenerator(nn.Module):
 
     @classmethod
     def from_published(cls, state, num_heads=None, grid=(16, 16)):
-        """Build from LlamaGen's class-conditional weights; sizes are read off the tensors. Two cannot be: the heads (64
-        wide, but 32 of 100 in the 3B model), and the grid (16x16 for pictures of 256 pixels, 24x24 for 384). Raises
-        KeyError or RuntimeError naming keys."""
+        """Build from LlamaGen's class-conditional weights, which tell all sizes but the heads (64 wide, but 32 of 100
+        in 3B) and the grid (16x16 for 256 pixels, 24x24 for 384). Raises KeyError or RuntimeError naming keys."""
         codebook_size, width = state["tok_embeddings.weight"].shape
         config = DiscreteConfig(
             codebook_size=codebook_size, width=width, num_heads=num_heads or {3200: 32}.get(width, width // 64),
@@ -207,10 +198,9 @@ class DiscreteGenerator(nn.Module):
 
     @torch.no_grad()
     def generate(self, labels, cfg_scale=1.0, temperature=1.0, top_k=0, top_p=1.0, generator=None, cfg_interval=-1):
-        """labels (B,) -> codes (B,N), sampled one by one through a cache of keys and values.
-
-        cfg_scale 1 is no guidance. With cfg_interval = k >= 0 only the first k + 2 codes are guided: LlamaGen counts
-        from the second code, and includes k. For temperature, top_k and top_p see sample_code."""
+        """labels (B,) -> codes (B,N), sampled one by one through a cache of keys and values. cfg_scale 1 is no
+        guidance. With cfg_interval = k >= 0 only the first k + 2 codes are guided: LlamaGen counts from the second
+        code, and includes k. For temperature, top_k and top_p see sample_code."""
         guided, number = cfg_scale != 1, math.prod(self.config.grid)
         if guided:
             labels = torch.cat([labels, torch.full_like(labels, -1)])                         # (2B,)
@@ -263,17 +253,15 @@ def diffusion_schedule(steps=1000):
     if not 2 <= steps <= 1000:
         raise ValueError(f"diffusion steps must lie in 2..1000, not {steps}")
     cosine = np.cos((np.arange(1001) / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2
-    a = np.cumprod(1 - np.minimum(1 - cosine[1:] / cosine[:-1], 0.999))
     timesteps = np.array([round(i * 999 / (steps - 1)) for i in range(steps)])
-    a = a[timesteps]
+    a = np.cumprod(1 - np.minimum(1 - cosine[1:] / cosine[:-1], 0.999))[timesteps]
     before = np.append(1.0, a[:-1])
     beta = 1 - a / before
     posterior = beta * (1 - before) / (1 - a)
     posterior[0] = posterior[1]
-    return dict(timesteps=timesteps, signal=np.sqrt(a), noise=np.sqrt(1 - a),
-                recip_signal=np.sqrt(1 / a), recip_noise=np.sqrt(1 / a - 1),
-                x0_weight=beta * np.sqrt(before) / (1 - a), xt_weight=(1 - before) * np.sqrt(1 - beta) / (1 - a),
-                log_beta=np.log(beta), log_posterior=np.log(posterior))
+    return dict(timesteps=timesteps, signal=np.sqrt(a), noise=np.sqrt(1 - a), recip_signal=np.sqrt(1 / a),
+                recip_noise=np.sqrt(1 / a - 1), log_beta=np.log(beta), log_posterior=np.log(posterior),
+                x0_weight=beta * np.sqrt(before) / (1 - a), xt_weight=(1 - before) * np.sqrt(1 - beta) / (1 - a))
 
 @torch.compiler.disable  # traced, the float64 arithmetic of diffusion_schedule would come out in float32
 @functools.lru_cache(maxsize=256)
@@ -358,7 +346,6 @@ def diffusion_loss(denoiser, x0, t, noise, c):
     tables, index = schedule_tables(1000, x0.device, x0.dtype), t[:, None]                    # (M,1)
     x = tables["signal"][index] * x0 + tables["noise"][index] * noise                         # (M,C)
     predicted, fraction = denoiser(x, t, c).to(x0.dtype).chunk(2, dim=-1)                     # (M,C) each
-    # Two Gaussians of x_(t-1): the true q(x_(t-1) | x_t, x0), and the model's p(x_(t-1) | x_t).
     mean_q, log_variance_q = posterior_step(x, noise, torch.full_like(noise, -1), tables, index)
     mean_p, log_variance_p = posterior_step(x, predicted.detach(), fraction, tables, index)
     kl = 0.5 * (log_variance_p - log_variance_q - 1 + (log_variance_q - log_variance_p).exp()
@@ -368,12 +355,10 @@ def diffusion_loss(denoiser, x0, t, noise, c):
 
 def discretised_nll(x, mean, log_std):
     """Negative log-probability, in nats, of x in the bin x +- 1/255 under a Gaussian, at most -log 1e-12. The bins of x
-    below -0.999 and above 0.999 are open outwards. cdf is the tanh approximation that GELU uses. All this is meant for
+    below -0.999 and above 0.999 are open outwards. The cdf is GELU's tanh approximation. All this is meant for
     pixels in [-1,1]; the published models apply it to latents as they are."""
-    def cdf(value):
-        return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (value + 0.044715 * value**3)))
-
-    upper, lower = (cdf((x - mean + side / 255) * (-log_std).exp()) for side in (1, -1))
+    edges = ((x - mean + side / 255) * (-log_std).exp() for side in (1, -1))
+    upper, lower = (0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (edge + 0.044715 * edge**3))) for edge in edges)
     inside = torch.where(x < -0.999, upper, torch.where(x > 0.999, 1 - lower, upper - lower))  # edge bins are open
     return -inside.clamp(min=1e-12).log()
 
@@ -437,22 +422,21 @@ class ContinuousGenerator(nn.Module):
     run of minutes would end before z uses the visible latents at all, so small presets add to the loss the error of a
     guess of each latent from z by one linear layer (`guess_weight`). MAR has nothing like it."""
     ADDED = ("fusion.", "code_embedding.", "null_code", "guess.")  # the parameters that MAR does not have
-
     denoising_step = staticmethod(denoising_step)  # compile_parts puts a compiled one in its place
 
     def __init__(self, config):
         super().__init__()
         self.config = config
-        width, places = config.width, math.prod(config.grid)
+        width, heads, places = config.width, config.num_heads, math.prod(config.grid)
         slots = config.buffer_size + places
-        if width % config.num_heads:
-            raise ValueError(f"num_heads {config.num_heads}: width must be a multiple of that")
+        if width % heads:
+            raise ValueError(f"num_heads {heads}: width must be a multiple of that")
 
         def table(rows):
             return nn.Parameter(torch.randn(1, rows, width) * 0.02)
 
         def blocks(depth):
-            return nn.ModuleList(Block(width, config.num_heads, config.dropout) for _ in range(depth))
+            return nn.ModuleList(Block(width, heads, config.dropout) for _ in range(depth))
 
         self.class_emb = nn.Embedding(config.num_classes, width)
         self.fake_latent = nn.Parameter(torch.randn(1, width) * 0.02)  # MAR's name for "no class"
@@ -472,8 +456,7 @@ class ContinuousGenerator(nn.Module):
             self.code_embedding = nn.Embedding(config.codebook_size, width)
             nn.init.normal_(self.code_embedding.weight, std=0.02)
             self.null_code = table(1)
-            self.fusion = make_fusion(config.fusion, width, config.num_heads, slots, config.fusion_depth,
-                                      config.dropout)
+            self.fusion = make_fusion(config.fusion, width, heads, slots, config.fusion_depth, config.dropout)
             self.start_fusion()
 
     @classmethod
@@ -540,9 +523,8 @@ class ContinuousGenerator(nn.Module):
     def decode(self, encoded, visible, context=None):
         """The decoder: encoded (B,S+V,D), the places `visible` (B,V) of its tokens, and the prepared codes -> the
         condition z (B,N,D) of all places. Its sequence is decoder_embed of what is encoded: the buffer slots, then the
-        tokens back in their places, with `mask_token` at all others. It adds its position table; here the codes come
-        in; then it passes the blocks and decoder_norm. z is what stands at the places, plus
-        diffusion_pos_embed_learned."""
+        tokens back in their places, with `mask_token` at all others. It adds its position table; then the codes come
+        in; then it passes the blocks and decoder_norm. z is its places plus diffusion_pos_embed_learned."""
         buffer, x = self.config.buffer_size, self.decoder_embed(encoded)                      # (B,S+V,D)
         tokens = self.mask_token.to(x.dtype).expand(len(x), math.prod(self.config.grid), -1)  # (B,N,D)
         tokens = tokens.scatter(1, visible[..., None].expand(-1, -1, x.shape[-1]), x[:, buffer:])
@@ -561,13 +543,10 @@ class ContinuousGenerator(nn.Module):
         """Training loss, the mean diffusion loss of the hidden places, each at R noise levels, plus guess_weight times
         the mean squared error of the guess, if any. latents (B,N,C); visible (B,V) and hidden (B,H) places, V + H = N;
         labels (B,), codes (B,N), -1 where dropped; t (B,H,R) in 0..999; noise (B,H,R,C) standard normal."""
-        z = pick(self.condition(latents, visible, labels, self.prepare(codes)), hidden)       # (B,H,D)
-        x0, net = pick(latents, hidden), self.diffloss["net"]                                 # (B,H,C)
-
-        def rows(x):                                                                          # (B,H,*) -> (B*H*R,*)
-            return x[:, :, None].expand(-1, -1, t.shape[2], -1).flatten(0, 2)
-
-        loss = diffusion_loss(net, rows(x0), t.flatten(), noise.flatten(0, 2), rows(net.cond_embed(z))).mean()
+        z = pick(self.condition(latents, visible, labels, self.prepare(codes)), hidden).flatten(0, 1)  # (B*H,D)
+        x0, net = pick(latents, hidden).flatten(0, 1), self.diffloss["net"]                   # (B*H,C)
+        x, c = (rows.repeat_interleave(t.shape[2], 0) for rows in (x0, net.cond_embed(z)))    # (B*H*R,*)
+        loss = diffusion_loss(net, x, t.flatten(), noise.flatten(0, 2), c).mean()
         if self.config.guess_weight:
             loss = loss + self.config.guess_weight * F.mse_loss(self.guess(z).to(x0.dtype), x0)
         return loss
@@ -587,10 +566,10 @@ class ContinuousGenerator(nn.Module):
 
         orders (B,N): for each picture a permutation of the places, drawn from its end to its beginning, as in MAR.
         draw(rows, C): standard normal noise, called steps + 1 times in each token step; rows are the places of this
-        step, picture by picture, ascending (so that places and noise pair as in MAR). Guidance (see token_schedule)
-        gives every batch a second half without class and codes. diffusion_steps: a number, or (first, last), linearly
-        from the first token step to the last: the more latents are known, the less is left to chance (DiSA, arXiv
-        2505.20297). temperature, clip: see diffusion_sample."""
+        step, picture by picture, ascending (places and noise pair as in MAR). Guidance (see token_schedule) gives every
+        batch a second half without class and codes. diffusion_steps: a number, or (first, last), linear over the token
+        steps: the more is known, the less is left to chance (DiSA, arXiv 2505.20297). temperature, clip: see
+        diffusion_sample."""
         (batch, number), channels, device = orders.shape, self.config.channels, labels.device
         schedule = token_schedule(number, num_steps, cfg_scale)
         guidance = torch.tensor([scale for _, scale in schedule], device=device)  # one graph serves all scales
@@ -620,10 +599,9 @@ def pick(x, places):
 
 def token_schedule(num_tokens, num_steps, cfg_scale):
     """[(tokens drawn, guidance)] per token step: few tokens first, while little is known (MaskGIT, arXiv 2202.04200).
-
     After step s of S (from 1) floor(N cos(pi/2 s/S)) tokens are still hidden, but at least 1, and at least one fewer
-    than before. Guidance is 1 + (cfg_scale - 1) * (share drawn by the end of the step). The last step draws all that
-    is left; for its guidance one token counts as still hidden. Raises ValueError for more steps than tokens."""
+    than before. Guidance is 1 + (cfg_scale - 1) * (share drawn by the end of the step). The last step draws all that is
+    left; for its guidance one token counts as still hidden. Raises ValueError for more steps than tokens."""
     if not 1 <= num_steps <= num_tokens:
         raise ValueError(f"token steps must lie in 1..{num_tokens} (the number of tokens), not {num_steps}")
     schedule, hidden = [], num_tokens
@@ -672,8 +650,7 @@ def training(steps, batch_size, lr, warmup, ema, weight_decay=0.0, decay="cosine
                 decay=decay, grad_clip=grad_clip, muon=muon)
 
 def imagenet_preset(stage1, cfg2, width, depth, heads, head_depth, head_width):
-    """ImageNet-256: published tokenizers, the published sizes of the generators, the training settings of LlamaGen (300
-    epochs) and MAR (800 epochs, the first 100 of them warm-up)."""
+    """ImageNet-256 as published: tokenizers, sizes, training (LlamaGen 300 epochs; MAR 800, the first 100 warm-up)."""
     return dict(
         size=256, vq=None, kl=None, fusion="qformer", stage1=stage1,
         stage2=dict(width=width, encoder_depth=depth, decoder_depth=depth, num_heads=heads, head_depth=head_depth,

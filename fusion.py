@@ -64,8 +64,7 @@ class CrossAttentionFusion(nn.Module):
         return sequence
 
 class QFormerFusion(nn.Module):
-    """Learned queries look at the codes in place of the sequence: one per slot, so that the answers can simply be added
-    to the sequence (BLIP-2 has few, as a bottleneck)."""
+    """Learned queries, one per slot, look at the codes and are added to the sequence (BLIP-2 has few: a bottleneck)."""
     def __init__(self, width, heads, length, depth=2, dropout=0.0):
         super().__init__()
         self.queries = nn.Parameter(torch.zeros(1, length, width))  # d2c.py fills in positions, else all were alike
@@ -104,8 +103,7 @@ class AlignedFusion(nn.Module):
         return sequence + context
 
 def make_fusion(kind, width, heads, length, depth=2, dropout=0.0):
-    """The module called `kind` (cross, qformer, aligned) for sequences of `length` = S + N slots. Raises ValueError for
-    another kind."""
+    """The module called `kind` (cross, qformer or aligned, else ValueError) for sequences of `length` = S + N slots."""
     if kind == "cross":
         return CrossAttentionFusion(width, heads, depth, dropout)
     if kind == "qformer":

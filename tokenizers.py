@@ -7,24 +7,22 @@ D2C describes one picture twice, on one grid of h x w places:
      '- KLTokenizer.encode -> moments (B,2C,h,w), mean and log-variance of C numbers per place; a latent is a sample
 
 Both are convolutional autoencoders of one family (Esser et al. 2021, arXiv 2012.09841, section 3.1). They differ in
-what happens to the encoder's output z at the bottleneck (x': decoded picture; sg: no gradient; norms are means over
-elements):
+what happens to the encoder's output z (x': decoded picture; sg: no gradient; norms are means over elements):
 
     VQ   z -> nearest row e of a codebook   loss = |x - x'|^2 + |sg(z) - e|^2 + 0.25 |z - sg(e)|^2
     KL   latent ~ N(mean, variance)         loss = |x - x'|^2 + kl_weight * KL( N(mean, variance) || N(0, 1) )
 
 The same classes hold LlamaGen's VQ-16 and MAR's KL-16 (16 pixels a place), and small ones that train in a minute. The
 published ones were trained with perceptual and adversarial losses as well, which keep texture crisp; here the squared
-error alone stands for the picture. Reading order: tokenizers, their convolutional family, pictures, data sets, built-in
-data.
+error alone stands for the picture. Reading order: tokenizers, convolutional family, pictures, data sets, built-in data.
 """
-import colorsys
 import contextlib
 import math
 import os
 import unicodedata
 import warnings
-from collections import Counter, OrderedDict
+from collections import OrderedDict
+from colorsys import hsv_to_rgb
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,8 +77,7 @@ class VQTokenizer(nn.Module):
         return F.normalize(z.to(self.quant_conv.weight.dtype), dim=1)  # autocast made z bf16: normalise in float32
 
     def nearest(self, z):
-        """Unit vectors z (B,code_dim,h,w) -> codes (B,h,w): for each place the row of the codebook at the smallest
-        distance, which on the sphere is the row with the largest cosine."""
+        """Unit vectors z (B,code_dim,h,w) -> codes (B,h,w): the nearest rows, on the sphere those of largest cosine."""
         with full_float32(z.device):
             return torch.einsum("bchw,kc->bhwk", z, self.codebook()).argmax(-1)        # (B,h,w,K) -> (B,h,w)
 
@@ -113,16 +110,11 @@ class VQTokenizer(nn.Module):
         """Build from LlamaGen's keys, strictly. Raises KeyError or RuntimeError naming keys."""
         state = {key: value for key, value in state.items() if key != "quantize.codebook_used"}  # training statistics
         codebook_size, code_dim = state["quantize.embedding.weight"].shape
-        config = TokenizerConfig(codebook_size=codebook_size, code_dim=code_dim, **published_sizes(state))
-        with torch.device(state["quantize.embedding.weight"].device):
-            model = cls(config)
-        model.load_state_dict(state)
-        return model
+        return build_published(cls, state, codebook_size, code_dim)
 
 class KLTokenizer(nn.Module):
-    """Images <-> continuous latents: a diagonal Gaussian per place (Kingma & Welling 2013; KL-16 of MAR, arXiv
-    2406.11838). In this class latents are unscaled. Stage 2 has them times `scale`, so of variance one: train.py
-    multiplies, sample.py divides."""
+    """Images <-> latents: a diagonal Gaussian per place (Kingma & Welling 2013; KL-16 of MAR, arXiv 2406.11838). Here
+    latents are unscaled. Stage 2 has them times `scale`, of variance 1: train.py multiplies, sample.py divides."""
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -149,9 +141,8 @@ class KLTokenizer(nn.Module):
         return mean + (0.5 * log_variance.clamp(-30, 20)).exp() * noise
 
     def forward(self, images, noise):
-        """Training loss: mean squared error of the picture decoded from a sample, plus kl_weight times the KL
-        divergence to N(0, 1) in nats, a mean over elements, with the log-variance clamped as in `sample`. noise
-        (B,C,h,w) standard normal."""
+        """Training loss: squared error of the picture decoded from a sample, plus kl_weight times the KL divergence to
+        N(0, 1) in nats, log-variance clamped as in `sample`; both means over elements. noise (B,C,h,w) ~ N(0, 1)."""
         moments = self.quant_conv(self.encoder(images))  # (B,2C,h,w); not by `encode`: training may run in bf16
         mean, log_variance = moments.chunk(2, 1)                                              # (B,C,h,w) each
         log_variance = log_variance.clamp(-30, 20)
@@ -168,22 +159,24 @@ class KLTokenizer(nn.Module):
         names |= {f"decoder.up.{i}.": f"decoder.conv_blocks.{levels - 1 - i}." for i in range(levels)}
         for theirs, ours in names.items():
             state = {key.replace(theirs, ours): value for key, value in state.items()}
-        config = TokenizerConfig(**published_sizes(state))
-        with torch.device(state["quant_conv.weight"].device):
-            model = cls(config)
-        model.load_state_dict(state)
-        return model
+        return build_published(cls, state)
 
-def published_sizes(state):
-    """The sizes of the convolutional family, read off the shapes of a state dict (in LlamaGen's key layout)."""
+def build_published(cls, state, codebook_size=0, code_dim=8):
+    """A tokenizer of class `cls` with these weights (in LlamaGen's key layout), strictly, on their device. The sizes of
+    the convolutional family are read off their shapes."""
     width = state["encoder.conv_in.weight"].shape[0]
     levels = len({key.split(".")[2] for key in state if key.startswith("encoder.conv_blocks.")})
-    return dict(
+    config = TokenizerConfig(
         z_channels=state["post_quant_conv.weight"].shape[0], width=width,
         multipliers=tuple(len(state[f"encoder.conv_blocks.{i}.res.0.conv1.weight"]) // width for i in range(levels)),
         num_res_blocks=len({key.split(".")[4] for key in state if key.startswith("encoder.conv_blocks.0.res.")}),
         encoder_attention=f"encoder.conv_blocks.{levels - 1}.attn.0.q.weight" in state,
-        decoder_attention="decoder.conv_blocks.0.attn.0.q.weight" in state)
+        decoder_attention="decoder.conv_blocks.0.attn.0.q.weight" in state,
+        codebook_size=codebook_size, code_dim=code_dim)
+    with torch.device(state["post_quant_conv.weight"].device):
+        model = cls(config)
+    model.load_state_dict(state)
+    return model
 
 @contextlib.contextmanager
 def full_float32(device):
@@ -216,8 +209,7 @@ class ResBlock(nn.Module):
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.norm2 = group_norm(out_channels)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        same = in_channels == out_channels
-        self.nin_shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
+        self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
     def forward(self, x):
         y = self.conv1(F.silu(self.norm1(x)))
@@ -275,8 +267,7 @@ class Encoder(nn.Module):
         self.mid = middle(widths[-1])
         self.norm_out = group_norm(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], out_channels, 3, padding=1)
-        factor = config.factor
-        self.skip = nn.Conv2d(3, out_channels, factor, stride=factor) if config.linear_skip else None
+        self.skip = nn.Conv2d(3, out_channels, config.factor, config.factor) if config.linear_skip else None
 
     def forward(self, images):
         x = self.conv_in(F.pixel_unshuffle(images, self.patch))                              # (B,width,H/patch,W/patch)
@@ -365,7 +356,7 @@ def draw_grid(pictures, columns, rows):
                 pen.text((left - 4, y + tile / 2), row, "black", font, anchor="rm")
     return sheet
 
-# Data sets: items (uint8 (S,S,3), class id); `size` is S, `classes` the names and `labels` (N,) the ids of all --------
+# Data sets -----------------------------------------------------------------------------------------------------------
 
 def open_images(data, size, seed=0):
     """The data set named by `--data`: `shapes`, a folder of class folders, or an .npz. Raises InputError."""
@@ -375,7 +366,14 @@ def open_images(data, size, seed=0):
         return images
     return ImageFolder(data, size) if Path(data).is_dir() else ImageArray(data, size)
 
-class ImageFolder(Dataset):
+class Images(Dataset):
+    """Items (uint8 (S,S,3), class id). `size` is S, `classes` the names, `labels` (N,) all ids, `note` a remark."""
+    note = ""
+
+    def __len__(self):
+        return len(self.labels)
+
+class ImageFolder(Images):
     """One folder per class (the ImageNet layout); sorted folder names give the class ids."""
     def __init__(self, root, size):
         root, self.size, self.files, others = Path(root), size, [], []
@@ -391,9 +389,6 @@ class ImageFolder(Dataset):
         if {"train", "val"} <= labels.keys():
             self.note += f"; train and val count as classes: did you mean --data {root}/train?"
 
-    def __len__(self):
-        return len(self.files)
-
     def __getitem__(self, index):
         path, label = self.files[index]
         return read_image(path, self.size), label
@@ -408,11 +403,9 @@ def find_files(root, seen=None):
                 files += find_files(entry.path, seen) if entry.is_dir() else [Path(entry)]
     return files
 
-class ImageArray(Dataset):
-    """An .npz with `images` uint8 (N,H,W,3), integer `labels` (N,) from 0 upwards and, optionally, `classes`: a name
-    for each label. Raises InputError for other arrays."""
-    note = ""
-
+class ImageArray(Images):
+    """An .npz of `images` uint8 (N,H,W,3), integer `labels` (N,) from 0 upwards and maybe `classes`, a name for each.
+    Raises InputError for other arrays."""
     def __init__(self, path, size):
         remedy = ("save images=... uint8 (N,H,W,3), labels=... integers (N,) from 0 upwards and, if any, classes=..., "
                   "a name for each, by numpy.savez")
@@ -428,22 +421,15 @@ class ImageArray(Dataset):
         self.images, self.labels, self.size = images, labels, size
         self.classes = [str(name, "utf-8", "replace") if isinstance(name, bytes) else str(name) for name in classes]
 
-    def __len__(self):
-        return len(self.images)
-
     def __getitem__(self, index):
-        image = self.images[index]
-        if image.shape[:2] != (self.size, self.size):
-            image = center_crop(image, self.size)
-        return image, int(self.labels[index])
+        return center_crop(self.images[index], self.size), int(self.labels[index])
 
 class InputError(Exception):
     """Something the user gave cannot be used. The message names the file or flag and the remedy."""
 
 @contextlib.contextmanager
 def reading(path, remedy):
-    """Whatever goes wrong inside (zip, pickle, json, numpy, Pillow, wrong array shapes) becomes an InputError that
-    names the file and the remedy."""
+    """Whatever fails inside (zip, pickle, json, numpy, Pillow, shapes) becomes an InputError with file and remedy."""
     try:
         if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
             raise ValueError("no regular file")  # opening a named pipe may never end
@@ -458,11 +444,10 @@ def reading(path, remedy):
 
 # The built-in data ---------------------------------------------------------------------------------------------------
 
-class Shapes(Dataset):
+class Shapes(Images):
     """Built-in data, drawn on the fly: ten shapes (what the codes must tell) with a fine texture (what they lose).
     Picture i depends on (seed, i) only. Lengths are shares of `size`."""
     classes = ["circle", "square", "triangle", "star", "cross", "ring", "heart", "moon", "arrow", "hourglass"]
-
     turn, tip = np.linspace(0, 2 * np.pi, 40), np.arange(10)  # of the heart, of the star
     radius, a, b = np.where(tip % 2, .42, 1.05), .95, .33  # of the star's ten corners; of the cross
     outlines = {  # corners (x, y), y downwards, of about unit radius; circle, ring and moon are made of discs
@@ -476,11 +461,8 @@ class Shapes(Dataset):
         9: [(-.85, -.95), (.85, -.95), (.15, 0), (.85, .95), (-.85, .95), (-.15, 0)]}
 
     def __init__(self, size, count=16000, seed=0):
-        self.size, self.count, self.seed, self.labels = size, count, seed, np.arange(count) % 10
+        self.size, self.seed, self.labels = size, seed, np.arange(count) % 10
         self.drawn = {}  # a picture takes 0.4 ms to draw: keep the small ones
-
-    def __len__(self):
-        return self.count
 
     def __getitem__(self, index):
         image = self.drawn.get(index)
@@ -494,21 +476,17 @@ class Shapes(Dataset):
         """Coverage of each pixel by the shape, float (S,S,1) in [0,1]: drawn four times larger, then averaged."""
         image, center, radius = Image.new("L", (4 * self.size,) * 2), 4 * center, 4 * radius
         pen = ImageDraw.Draw(image)
-
-        def disc(x, y, r, fill):
-            pen.ellipse((x - r, y - r, x + r, y + r), fill=fill)
-
         if label in self.outlines:
             rotation = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
             corners = np.array(self.outlines[label]) @ rotation * radius + center
             pen.polygon([tuple(corner) for corner in corners], fill=255)
         else:
-            disc(*center, radius * .95, 255)
+            pen.circle(center, radius * .95, 255)
             if label == 5:  # ring
-                disc(*center, radius * .5, 0)
+                pen.circle(center, radius * .5, 0)
             if label == 7:  # moon
                 direction = np.array([np.cos(angle - .4), np.sin(angle - .4)])
-                disc(*(center + radius * .5 * direction), radius * .75, 0)
+                pen.circle(center + radius * .5 * direction, radius * .75, 0)
         return np.asarray(image.reduce(4), np.float32)[..., None] / 255
 
     def texture(self, rng):
@@ -529,17 +507,14 @@ class Shapes(Dataset):
     def draw(self, label, rng):
         """One picture of class `label`, uint8 (S,S,3), from numpy generator `rng`."""
         size, hue = self.size, rng.uniform()
-
-        def colour(hue, saturation, value):
-            return np.array(colorsys.hsv_to_rgb(hue % 1, saturation, value))
-
-        light, dark = colour(hue, rng.uniform(.4, .7), 1), colour(hue, 1, rng.uniform(.5, .6))
+        light, dark = np.array([hsv_to_rgb(hue, rng.uniform(.4, .7), 1), hsv_to_rgb(hue, 1, rng.uniform(.5, .6))])
         pattern = self.texture(rng)
         inside = light * pattern + dark * (1 - pattern)                           # (S,S,3)
         slope, back, shade = rng.uniform(0, 2 * np.pi), rng.uniform(), rng.uniform(.1, .25)
         y, x = np.mgrid[:size, :size] / (size - 1) - .5
         ramp = (.5 + (x * np.cos(slope) + y * np.sin(slope)) / math.sqrt(2))[..., None]
-        outside = colour(back, .3, shade) * ramp + colour(back, .3, shade + .15) * (1 - ramp)
+        low, high = np.array([hsv_to_rgb(back, .3, shade), hsv_to_rgb(back, .3, shade + .15)])
+        outside = low * ramp + high * (1 - ramp)
         radius = size * rng.uniform(.34, .4)
         center = size / 2 + rng.uniform(-.05, .05, 2) * size
         cover = self.coverage(label, center, radius, rng.uniform(-.25, .25))
