@@ -157,16 +157,14 @@ def kills(folder, args):
     def start(command):
         words = [sys.executable, "-u", *(torchrun if args.processes > 1 else []), str(Path(tiny.__file__)),
                  *map(str, command)]
-        return subprocess.Popen(words, stdout=subprocess.PIPE, text=True, start_new_session=True)
+        return subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
 
     def kill(process):
-        """The whole group, or one of torchrun's processes, so that torchrun ends the others."""
-        if args.processes == 1 or count % 2:
-            os.killpg(process.pid, signal.SIGKILL)
-        else:
-            tasks = Path(f"/proc/{process.pid}/task").iterdir()
-            children = [int(child) for task in tasks for child in (task / "children").read_text().split()]
-            os.kill(rng.choice(sorted(children)), signal.SIGKILL)
+        """All processes at once, or one of torchrun's, so that torchrun ends the others."""
+        tasks = Path(f"/proc/{process.pid}/task").iterdir()
+        children = sorted(int(child) for task in tasks for child in (task / "children").read_text().split())
+        for pid in [process.pid, *children] if args.processes == 1 or count % 2 else [rng.choice(children)]:
+            os.kill(pid, signal.SIGKILL)
         return process.communicate()
 
     for command in commands("undisturbed"):
