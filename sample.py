@@ -181,7 +181,6 @@ def sample(pipeline, args, processes):
     else:
         pipeline.size = min(pipeline.size, 256)  # LlamaGen's FID of 384-pixel models is at 256
     count, size = args.num or 3 * len(chosen), pipeline.size
-    labels = [chosen[i % len(chosen)] for i in range(count)]
     processes.say(f"{count} pictures: " + ", ".join(f"{name} {value}" for name, value in pipeline.settings.items()))
     plan = json.dumps(dict(
         settings=pipeline.settings, seed=args.seed, classes=chosen, count=count, weights=pipeline.sources,
@@ -199,8 +198,8 @@ def sample(pipeline, args, processes):
     layout = {"pictures": (np.uint8, (len(kinds), count, size, size, 3))}
     shared = SharedArrays(folder, plan, layout, count, pipeline.settings["batch_size"], processes)
     for k, rows in shared.work("sampled"):
-        made = [pictures for pictures in pipeline.batch(labels[rows], args.seed, k) if pictures is not None]
-        shared.arrays["pictures"][:, rows] = made[-len(kinds):]
+        made = pipeline.batch([chosen[i % len(chosen)] for i in rows], args.seed, k)
+        shared.arrays["pictures"][:, rows] = [pictures for pictures in made if pictures is not None][-len(kinds):]
     processes.wait()
     if processes.rank == 0:
         with writing(args.out) as temporary:
@@ -300,7 +299,6 @@ def main(argv=None):
             elif processes.rank == 0:
                 vary(pipeline, args)
                 processes.say(f"saved {args.out}")
-        processes.end()
 
 if __name__ == "__main__":
     main()

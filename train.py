@@ -22,7 +22,6 @@ if __name__ == "__main__":
 import argparse
 import contextlib
 import csv
-import errno
 import functools
 import hashlib
 import json
@@ -182,17 +181,14 @@ def make_optimizers(model, settings):
     last layers, where a row stands for one code, class or channel.
 
     Weight decay on matrices only, and never on the diffusion head (LlamaGen and MAR)."""
-    adamw, muon = {}, {}  # weight decay: parameters
+    adamw, muon = {}, {}  # weight decay: the group of parameters that has it
     for name, parameter in model.named_parameters():
         decay = settings["weight_decay"] if parameter.ndim >= 2 and not name.startswith("diffloss.") else 0.0
         in_block = parameter.ndim == 2 and re.search(r"\.\d+\.", name)
-        (muon if settings["muon"] and in_block else adamw).setdefault(decay, []).append(parameter)
-
-    def groups(by_decay):
-        return [dict(params=parameters, weight_decay=decay) for decay, parameters in by_decay.items()]
-
-    optimizers = [torch.optim.AdamW(groups(adamw), lr=settings["lr"], betas=(0.9, 0.95), fused=True)]
-    return optimizers + [Muon(groups(muon), lr=settings["lr"])] if muon else optimizers
+        groups = muon if settings["muon"] and in_block else adamw
+        groups.setdefault(decay, dict(params=[], weight_decay=decay))["params"].append(parameter)
+    optimizers = [torch.optim.AdamW(adamw.values(), lr=settings["lr"], betas=(0.9, 0.95), fused=True)]
+    return optimizers + [Muon(muon.values(), lr=settings["lr"])] if muon else optimizers
 
 def split(batch, pieces, device):
     """A batch, a tuple of tensors, on the device and cut into `pieces`: a list of tuples."""
@@ -220,7 +216,7 @@ def training_step(model, average, optimizers, batch, step, settings, args, proce
         total = total + loss.detach()
     for module in bare.children() if isinstance(bare, Tokenizers) else [bare]:  # each tokenizer by its own norm
         nn.utils.clip_grad_norm_(module.parameters(), settings["grad_clip"])
-    seen = bare.take_seen(processes) if isinstance(bare, Tokenizers) else None
+    seen = [processes.gather(torch.cat(x)) for x in zip(*bare.seen)] if isinstance(bare, Tokenizers) else None
     for optimizer in optimizers:  # from here on nothing waits for other processes: a step is made whole or not at all
         optimizer.step()
     model.zero_grad(set_to_none=True)
@@ -302,9 +298,7 @@ def fit(stage, model, read, count, defaults, fixed, extra, args, processes):
     if args.compile and stage:  # compiling the convolutions of stage 0 gains nothing (docs/speed.md)
         torch._dynamo.config.optimize_ddp = False  # it would cut each block's small graph; blocks overlap enough
         compile_parts(model)
-    wrapped = model
-    if processes.size > 1:
-        wrapped = DistributedDataParallel(model, [device.index] if device.type == "cuda" else None)
+    wrapped = DistributedDataParallel(model) if processes.size > 1 else model
     resuming = f"resuming {path} at step {start} of {steps}, " if start else ""
     processes.say(f"stage {stage}: {resuming}{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, "
                   f"{len(train.indices)} pictures, steps of {batch_size}, on {processes.size} x {device}")
@@ -363,8 +357,7 @@ def fit(stage, model, read, count, defaults, fixed, extra, args, processes):
 
 def leave_signals(worker):
     """For processes that read data: a signal to the whole group is for the main one, which saves and then ends them."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+    on_signals(signal.SIG_IGN)
 
 def agree_to_stop(received, done, seconds, processes):
     """(the signal to stop on or 0, the step of the next look). Processes must look at the same steps: about every five
@@ -384,7 +377,7 @@ class Tokenizers(nn.Module):
     def __init__(self, vq, kl):
         super().__init__()
         self.vq, self.kl = vq, kl
-        self.seen = []  # codes and encoder outputs of the current step
+        self.seen = []  # pairs of codes and encoder outputs since the last revival, one for each forward in training
         self.register_buffer("unused", torch.zeros(vq.config.codebook_size, dtype=torch.int64))
 
     def forward(self, pictures, noise):
@@ -393,15 +386,11 @@ class Tokenizers(nn.Module):
             self.seen.append((codes.flatten(), z.detach().permute(0, 2, 3, 1).flatten(0, 2)))  # (bhw,), (bhw,code_dim)
         return loss + self.kl(pictures, noise)
 
-    def take_seen(self, processes):
-        """What all processes have seen in this step: codes (n,) and encoder outputs (n,code_dim)."""
-        seen, self.seen = [processes.gather(torch.cat(x)) for x in zip(*self.seen)], []
-        return seen
-
     @torch.no_grad()
     def revive_codes(self, codes, z, generator):
-        """Move codes that no place chose for PATIENCE steps onto encoder outputs of this batch, drawn at random. (After
-        the optimizer's step, which would move them again.)"""
+        """Move codes that no place chose for PATIENCE steps onto encoder outputs, drawn at random. codes (n,) and z
+        (n,code_dim): `seen` of all processes. (After the optimizer's step, which would move them again.)"""
+        self.seen = []
         self.unused += 1
         self.unused[codes] = 0
         dead = (self.unused >= self.PATIENCE).nonzero()[:len(z), 0]
@@ -450,7 +439,7 @@ def stage0(args, preset, processes):
             side = preset["size"] // kl.config.factor
             read = functools.partial(read_picture, images, (kl.config.z_channels, side, side))
             trained = fit(0, Tokenizers(vq, kl), read, len(images), preset["train"][0], fixed, {}, args, processes)
-            vq, kl = trained.vq.eval(), trained.kl.eval()
+            vq, kl = trained.children()
         kl.scale = measure_scale(kl, images, args.seed)
         if args.kl and abs(kl.scale / KL16_SCALE - 1) < 0.05:
             kl.scale = KL16_SCALE  # KL-16 on something like ImageNet: keep what MAR's weights were trained on
@@ -545,7 +534,6 @@ def main(argv=None):
                     train_generator(stage, args, PRESETS[args.preset], processes)
         if args.stage is None:
             processes.say(f"done: python sample.py --run {args.out}")
-        processes.end()
 
 # The token cache: every picture encoded once, original and mirrored --------------------------------------------------
 
@@ -568,13 +556,13 @@ class TokenCache:
 
 @torch.no_grad()
 def encode_images(images, vq, kl, tokenizers_id, folder, fixed, processes, workers=0, batch_size=64):
-    """Encode a data set and its mirror image into the token cache `folder`; meta.json is written last. The processes
-    take turns in batches; an interrupted encoding goes on where it was. Raises InputError."""
+    """Encode a data set and its mirror image into the token cache `folder`; plan.json becomes meta.json at last. The
+    processes take turns in batches; an interrupted encoding goes on where it was. Raises InputError."""
     count, folder = len(images), Path(folder)
     meta = dict(run=fixed, count=count, classes=images.classes, **token_facts(vq, kl, tokenizers_id, images.size))
     plan = json.dumps(meta, indent=1)
     shared = SharedArrays(folder, plan, cache_layout(meta), count, batch_size, processes)
-    loader = DataLoader(images, batch_sampler=[range(count)[rows] for _, rows in shared.todo], num_workers=workers,
+    loader = DataLoader(images, batch_sampler=[rows for _, rows in shared.todo], num_workers=workers,
                         worker_init_fn=leave_signals)
     for (_, rows), (pictures, labels) in zip(shared.work("encoding"), loader):  # work first: it marks the last batch
         shared.arrays["labels"][rows] = labels.numpy()
@@ -588,10 +576,8 @@ def encode_images(images, vq, kl, tokenizers_id, folder, fixed, processes, worke
             shared.arrays["moments"][mirrored, rows] = moments.numpy()
     processes.wait()
     if processes.rank == 0:
-        with writing(folder / "meta.json") as temporary:
-            temporary.write_text(plan)
-        for name in ("plan.json", "done.npy"):
-            (folder / name).unlink(missing_ok=True)
+        (folder / "plan.json").replace(folder / "meta.json")
+        (folder / "done.npy").unlink()
     processes.wait()
 
 def token_facts(vq, kl, tokenizers_id, size):
@@ -620,7 +606,7 @@ class SharedArrays:
     def __init__(self, folder, plan, layout, count, batch_size, processes):
         if processes.size > int(os.environ.get("LOCAL_WORLD_SIZE", 1)):
             raise InputError(f"{folder} is made on one node, whose processes share files: run this command there")
-        self.count, self.batch_size, self.processes = count, batch_size, processes
+        self.count, self.processes = count, processes
         begun = Path(folder) / "plan.json"
         layout = layout | {"done": (np.bool_, (math.ceil(count / batch_size),))}
         if processes.rank == 0 and not (begun.exists() and begun.read_text() == plan):
@@ -637,14 +623,14 @@ class SharedArrays:
         processes.wait()
         with reading(folder, "delete it and run the command again"):
             self.arrays = open_arrays(begun.parent, layout, "r+")
-            left = [(k, slice(k * batch_size, min((k + 1) * batch_size, count)))
-                    for k in np.flatnonzero(~self.arrays["done"]).tolist()]
+            numbers = np.flatnonzero(~self.arrays["done"]).tolist()
         processes.wait()  # nobody marks a batch before all have looked
-        self.finished = count - sum(rows.stop - rows.start for _, rows in left)               # pictures
+        left = [(k, range(count)[k * batch_size:(k + 1) * batch_size]) for k in numbers]
+        self.finished = count - sum(len(rows) for _, rows in left)  # pictures
         self.todo = left[processes.rank::processes.size]
 
     def work(self, what):
-        """Yields (k, rows), a number and a slice, of the batches that are left to this process, and says how far all
+        """Yields (k, rows), a number and a range, of the batches that are left to this process, and says how far all
         are. What was written between two yields goes to the disk every few seconds, and then counts as done."""
         if self.finished:
             self.processes.say(f"{what}  goes on after {self.finished} of {self.count} pictures")
@@ -652,7 +638,7 @@ class SharedArrays:
         for k, rows in self.todo:
             yield k, rows
             written.append(k)
-            made += (rows.stop - rows.start) * self.processes.size
+            made += len(rows) * self.processes.size
             if time.time() - said > 2 or k == self.todo[-1][0]:
                 for array in self.arrays.values():
                     array.flush()
@@ -828,10 +814,6 @@ class Processes:
         if self.size > 1:
             dist.barrier()
 
-    def end(self):
-        if self.size > 1:
-            dist.destroy_process_group()
-
     def gather(self, x):
         """Concatenate the processes' equally shaped slices in rank order, which is the order of the whole batch."""
         if self.size == 1:
@@ -885,6 +867,8 @@ def user_errors(parser):
     try:
         on_signals(interrupt)
         yield
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()
     except (InputError, OSError) as error:
         parser.error(" ".join(str(error).split("tokenizers.InputError: ")[-1].split()))  # data workers add a traceback
     except torch.OutOfMemoryError:
