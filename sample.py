@@ -16,7 +16,6 @@ import signal
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends quietly
 import argparse
-import functools
 import json
 import math
 import shutil
@@ -38,25 +37,24 @@ from tokenizers import InputError, KLTokenizer, VQTokenizer, draw_grid, read_ima
 
 class Pipeline:
     """Class ids -> pictures: `coarse, fine = Pipeline.from_run("runs/demo")([3, 6], seed=0)`. `vq` and `discrete` make
-    codes and the coarse picture, `kl` and `continuous` the fine one; either pair may be missing (None). `settings` are
-    those of d2c.generate, and batch_size."""
+    codes and the coarse picture, `kl` and `continuous` the fine one; either pair may be missing (None), and generators
+    have `notes` (see load_generator). `settings` are those of d2c.generate, and batch_size."""
     @classmethod
     def from_run(cls, run="runs/demo", coarse=False, raw=False, device="auto", dtype="auto", compile=False):
-        """The models of a run folder; without stage 2 if `coarse`; the raw weights instead of their moving average
-        (EMA) if `raw`. Raises InputError."""
-        names = ["tokenizers.pt", "stage1.pt"] + ([] if coarse else ["stage2.pt"])
-        tokenizers, *stages = (Path(run) / name for name in names)
+        """The models of a run folder, without stage 2 if `coarse`, with the raw weights, not their moving average
+        (EMA), if `raw`. Raises InputError."""
+        names = ["tokenizers", "stage1", "stage2"][:2 if coarse else 3]
+        tokenizers, *stages = (Path(run) / f"{name}.pt" for name in names)
         for path in (tokenizers, *stages):
             if not path.is_file():
                 more = "(about 5 minutes on two cores)" if str(run) == "runs/demo" else f"--out {run} and its --preset"
                 raise InputError(f"{path}: not there; make it with: python train.py {more}")
         vq, kl, file = load_tokenizers(tokenizers)
         generators = [load_generator(path, stage, raw) for stage, path in enumerate(stages, 1)]
-        for path, (_, notes) in zip(stages, generators):
-            if notes.get("tokenizers") != file["id"]:
+        for path, generator in zip(stages, generators):
+            if generator.notes.get("tokenizers") != file["id"]:
                 raise InputError(f"{path}: was trained on tokens of other tokenizers than {tokenizers}; train it again")
-        second = (None, {}) if coarse else generators[1]
-        return cls(vq, kl, generators[0], second, device, dtype, compile)
+        return cls(vq, kl, *generators, *[None] * coarse, device, dtype, compile)
 
     @classmethod
     def from_published(cls, vq=None, stage1=None, kl=None, stage2=None, size=256, raw=False, device="auto",
@@ -67,16 +65,13 @@ class Pipeline:
             raise InputError("published weights come in pairs: --vq with --stage1 (coarse), --kl with --stage2 (fine)")
         vq = vq and load_published(VQTokenizer.from_published, vq)
         kl = kl and load_published(KLTokenizer.from_published, kl)
-        first = load_generator(stage1, 1, raw, (size // vq.config.factor,) * 2) if vq else (None, {})
-        second = load_generator(stage2, 2, raw) if kl else (None, {})
+        discrete = vq and load_generator(stage1, 1, raw, (size // vq.config.factor,) * 2)
+        continuous = kl and load_generator(stage2, 2, raw)
         if kl:
-            kl.scale = second[1].get("scale", KL16_SCALE)
-        return cls(vq, kl, first, second, device, dtype, compile)
+            kl.scale = continuous.notes.get("scale", KL16_SCALE)
+        return cls(vq, kl, discrete, continuous, device, dtype, compile)
 
-    def __init__(self, vq, kl, first, second, device, dtype, compile):
-        """first, second: generator and notes of load_generator, or (None, {})."""
-        (discrete, notes1), (continuous, notes2) = first, second
-        notes = notes2 or notes1
+    def __init__(self, vq, kl, discrete, continuous, device, dtype, compile):
         self.vq, self.kl, self.discrete, self.continuous, self.dtype = vq, kl, discrete, continuous, dtype
         self.check()
         self.device = device if isinstance(device, torch.device) else Processes(device).device
@@ -88,33 +83,31 @@ class Pipeline:
                 compile_parts(model)
             elif onednn and model.config.width >= 512:  # wide layers with few rows: faster than MKL, torch's choice
                 torch.utils.mkldnn.to_mkldnn(model)
-        config = (continuous or discrete).config
+        config, notes = (continuous or discrete).config, (continuous or discrete).notes
         self.grid = tuple(config.grid)
         self.size = self.grid[0] * (vq if discrete else kl).config.factor  # side of a picture in pixels
         self.classes = notes.get("classes") or [str(label) for label in range(config.num_classes)]
         counts = notes.get("counts", [1] * config.num_classes)  # of pictures in training
         self.trained = [label for label, count in enumerate(counts) if count]
         self.settings = dict(notes.get("sample") or PRESETS["B"]["sample"])
-        self.sources = [part["source"] for part in (notes1, notes2) if part]
+        self.sources = [model.notes["source"] for model in (discrete, continuous) if model]
 
     def check(self):
         """Do the parts fit each other? Raises InputError."""
-        first, second = (model and model.config for model in (self.discrete, self.continuous))
+        vq, kl, first, second = (part and part.config for part in (self.vq, self.kl, self.discrete, self.continuous))
         if second and second.fusion != "none" and not first:
             raise InputError("--stage2 is conditioned on codes: give --vq and --stage1 too")
-        facts = {"codebook size": (self.vq.config.codebook_size, first.codebook_size)} if first else {}
-        if second:
-            facts["latent channels"] = self.kl.config.z_channels, second.channels
+        facts = [("codebook size", vq.codebook_size, first.codebook_size)] if first else []
+        facts += [("latent channels", kl.z_channels, second.channels)] if second else []
         if first and second:
-            facts |= {"token grid": (tuple(first.grid), tuple(second.grid)),
-                      "class count": (first.num_classes, second.num_classes)}
-        for what, (one, other) in facts.items():
+            facts += [("token grid", tuple(first.grid), tuple(second.grid)),
+                      ("class count", first.num_classes, second.num_classes)]
+        for what, one, other in facts:
             if one != other:
                 raise InputError(f"{what}: {one} in one file, {other} in another; these files do not belong together")
 
     def __call__(self, labels, seed=0, **settings):
-        """Class ids (n,) -> coarse and fine pictures, uint8 (n,S,S,3) each, or None where there is no model. `settings`
-        change those of `self.settings` for this call."""
+        """Class ids (n,) -> coarse and fine pictures, uint8 (n,S,S,3) each, or None. `settings` are for this call."""
         size = settings.get("batch_size", self.settings["batch_size"])
         batches = [self.batch(labels[i:i + size], seed, i // size, **settings) for i in range(0, len(labels), size)]
         return [None if kind[0] is None else np.concatenate(kind) for kind in zip(*batches)]
@@ -138,14 +131,16 @@ class Pipeline:
         return to_uint8(images).cpu().numpy()
 
 def load_generator(path, stage, raw=False, grid=(16, 16)):
-    """(generator, notes: what its file says of it) from a checkpoint of this project, or from a published one:
-    LlamaGen's, with this grid, for stage 1, MAR's for stage 2. Raises InputError."""
+    """A generator from a checkpoint of this project, or from a published one: LlamaGen's, with this grid, for stage 1,
+    MAR's for stage 2. Its `notes` are what the file says of it, and the file itself. Raises InputError."""
     file = read_checkpoint(path)
     cls, config_cls = {1: (DiscreteGenerator, DiscreteConfig), 2: (ContinuousGenerator, ContinuousConfig)}[stage]
     source = {"source": [str(Path(path).resolve()), Path(path).stat().st_mtime]}
     if "run" not in file or "config" not in file:
         options = dict(grid=grid) if stage == 1 else {}
-        return load_published(functools.partial(cls.from_published, **options), path, file, raw), source
+        model = load_published(lambda state: cls.from_published(state, **options), path, file, raw)
+        model.notes = source
+        return model
     with reading(path, "it does not fit this version; train it again"):
         if file["stage"] != stage:
             raise InputError(f"{path}: holds stage {file['stage']}, expected stage {stage}")
@@ -155,7 +150,8 @@ def load_generator(path, stage, raw=False, grid=(16, 16)):
         entries(notes["sample"], **{name: float for name in PRESETS["B"]["sample"]})
         if not len(notes["classes"]) == len(notes["counts"]) == model.config.num_classes:
             raise ValueError("it names more or fewer classes than it has")
-        return model, notes | source
+        model.notes = notes | source
+        return model
 
 # What the command makes ----------------------------------------------------------------------------------------------
 
@@ -269,13 +265,12 @@ def parse(argv):
 
 def open_pipeline(args, device):
     """The Pipeline that the flags name, with their settings. Raises InputError."""
-    compile = args.compile or (args.compile is None and device.type == "cuda")
-    common = dict(raw=args.raw, device=device, dtype=args.dtype, compile=compile)
+    common = args.raw, device, args.dtype, device.type == "cuda" if args.compile is None else args.compile
     if args.vq or args.stage1 or args.kl or args.stage2:
         fine = [None, None] if args.coarse else [args.kl, args.stage2]
-        pipeline = Pipeline.from_published(args.vq, args.stage1, *fine, args.size, **common)
+        pipeline = Pipeline.from_published(args.vq, args.stage1, *fine, args.size, *common)
     else:
-        pipeline = Pipeline.from_run(args.run, args.coarse, **common)
+        pipeline = Pipeline.from_run(args.run, args.coarse, *common)
     given = {name: getattr(args, name) for name in (*pipeline.settings, "top_k", "top_p") if hasattr(args, name)}
     pipeline.settings |= {name: value for name, value in given.items() if value is not None}
     places = math.prod(pipeline.grid)

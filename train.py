@@ -41,7 +41,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 
@@ -199,7 +198,7 @@ def training_step(model, average, optimizers, batch, step, settings, args, proce
 
     model: its forward is the loss; among several processes it is wrapped in DistributedDataParallel, which averages the
     gradients. average: an AveragedModel of it. batch: this process's pictures. settings: those of `fit`."""
-    bare = model.module if isinstance(model, DistributedDataParallel) else model
+    bare = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
     torch.manual_seed(seed_of(args.seed, settings["stage"], step, "dropout", processes.rank))
     rate = learning_rate(step, settings["steps"], settings["lr"], settings["warmup"], settings["decay"])
     for optimizer in optimizers:
@@ -232,9 +231,8 @@ def fit(stage, model, read, count, defaults, fixed, extra, args, processes):
     """Train `model` (its forward is the loss) from the run's checkpoint, if there is one, to the steps asked for.
 
     read: one of the functions above, for `count` pictures; 1 % of them, at most 5,000, are held out. defaults: the
-    preset's training settings. fixed: what must stay the same from command to command. extra: stored in the checkpoint
-    for sample.py. Returns the averaged (EMA) model. Raises InputError if the command does not fit data or checkpoint,
-    or for a loss that is not finite."""
+    preset's training settings. fixed: what must stay the same from command to command. extra: stored for sample.py.
+    Returns the averaged (EMA) model. Raises InputError for what does not fit, and a loss that is not finite."""
     device, path = processes.device, Path(args.out) / f"stage{stage}.pt"
     steps, batch_size = args.steps or defaults["steps"], args.batch_size or defaults["batch_size"]
     settings = defaults | dict(
@@ -253,7 +251,7 @@ def fit(stage, model, read, count, defaults, fixed, extra, args, processes):
     held_out = Pictures(read, order[:num_held_out], batch_size, stage, args.seed, held_out=True)
     model = model.to(device)
     average = AveragedModel(model)
-    average.n_averaged.fill_(1)  # else its first update copies the model instead of averaging
+    average.eval().n_averaged.fill_(1)  # else its first update copies the model instead of averaging
     optimizers = make_optimizers(model, settings)
     start, log = 0, []
     if path.exists():
@@ -287,18 +285,10 @@ def fit(stage, model, read, count, defaults, fixed, extra, args, processes):
     quarters = [default_collate([held_out[0, row] for row in rows]) for _, rows in groupby(mine, held_out.quarter)]
     pieces = [piece for quarter in quarters for piece in split(quarter, args.accumulate, device)]
 
-    @torch.no_grad()
-    def validate():
-        """Loss of the averaged weights on one batch of held-out pictures, a mean over pictures."""
-        average.module.eval()
-        with autocast(device, args.dtype):
-            loss = sum(average.module(*piece) * len(piece[0]) for piece in pieces) / size
-        return processes.gather(loss[None]).mean().item()
-
     if args.compile and stage:  # compiling the convolutions of stage 0 gains nothing (docs/speed.md)
         torch._dynamo.config.optimize_ddp = False  # it would cut each block's small graph; blocks overlap enough
         compile_parts(model)
-    wrapped = DistributedDataParallel(model) if processes.size > 1 else model
+    wrapped = nn.parallel.DistributedDataParallel(model) if processes.size > 1 else model
     resuming = f"resuming {path} at step {start} of {steps}, " if start else ""
     processes.say(f"stage {stage}: {resuming}{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, "
                   f"{len(train.indices)} pictures, steps of {batch_size}, on {processes.size} x {device}")
@@ -324,7 +314,9 @@ def fit(stage, model, read, count, defaults, fixed, extra, args, processes):
                 stop, look = agree_to_stop(received, done, (time.time() - began) / (done - start), processes)
             save_now = done % args.save_every == 0 or done == steps or stop
             if done % log_every == 0 or save_now:
-                history, validation = processes.gather(torch.stack(losses)[None]).mean(0).tolist(), validate()
+                with torch.no_grad(), autocast(device, args.dtype):  # by the averaged weights, a mean over pictures
+                    loss = sum(average(*piece) * len(piece[0]) for piece in pieces) / size
+                history, validation = (processes.gather(x[None]).mean(0).tolist() for x in (torch.stack(losses), loss))
                 bad = [done + 1 - len(history) + i for i, loss in enumerate(history) if not math.isfinite(loss)]
                 if bad or not math.isfinite(validation):
                     saved = done  # nothing worth saving
@@ -538,9 +530,8 @@ def main(argv=None):
 # The token cache: every picture encoded once, original and mirrored --------------------------------------------------
 
 class TokenCache:
-    """The encoded data set, memory-mapped: codes (2,count,N) uint16 and moments (2,count,N,2C) float16 (mean,
-    log-variance), original and mirrored; labels (count,) int64; `meta`, a dict. Raises InputError if unfinished or
-    damaged."""
+    """The encoded data set, memory-mapped: codes (2,count,N) uint16 and moments (2,count,N,2C) float16 (mean and
+    log-variance), original and mirrored; labels (count,) int64; `meta`. Raises InputError if unfinished or damaged."""
     def __init__(self, folder):
         self.folder = folder = Path(folder)
         with reading(folder, "the token cache is unfinished or damaged: delete it and run train.py --stage 0"):
@@ -670,8 +661,7 @@ def writing(path):
 
 @contextlib.contextmanager
 def locked(path, processes):
-    """One command at a time: inside, `path` is locked, at most as long as this process lives. Raises InputError for the
-    next one, and where nothing can be written."""
+    """Inside, `path` is locked, at most as long as this process lives. Raises InputError for a second command."""
     if processes.rank == 0:
         with reading(path, "it cannot be written: choose another --out"):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -718,16 +708,12 @@ def entries(file, **kinds):
 
 def load_published(build, path, content=None, raw=False):
     """`build(state)` on the state dict in a published checkpoint file, or in its `content` if that is read already.
-
-    The containers of LlamaGen (`model`, `ema`, `module`, `state_dict`, or none) and MAR (`model_ema`, `model`) are
-    opened, averaged weights first unless `raw`; DDP and compile prefixes are stripped. Raises InputError."""
-    state = content or read_checkpoint(path)
-    order = ["model_ema", "ema", "model", "module", "state_dict"]
+    LlamaGen (`model`, `ema`, `module`, `state_dict`, or no name) and MAR (`model_ema`, `model`) may hold several: the
+    averaged one comes first unless `raw`. Prefixes of DDP and compile are stripped. Raises InputError."""
+    state, averaged, others = content or read_checkpoint(path), ["model_ema", "ema"], ["model", "module", "state_dict"]
+    order = others + averaged if raw else averaged + others
     with reading(path, "the weights do not fit"):
-        for name in order[2:] + order[:2] if raw else order:
-            if isinstance(state.get(name), dict):
-                state = state[name]
-                break
+        state = next((state[name] for name in order if isinstance(state.get(name), dict)), state)
         state = {re.sub(r"^((module|_orig_mod)\.)+", "", str(key)): value for key, value in state.items()}
         if not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
             raise ValueError(f"no state dict under {', '.join(order)} or at the top level")
@@ -782,8 +768,7 @@ def identity(path):
 # Processes, devices and errors ---------------------------------------------------------------------------------------
 
 class Processes:
-    """This process among `size`, on `device`. With one process nothing is ever communicated, and no process group made.
-    Raises InputError for a device that this machine or torch build does not have."""
+    """This process among `size`, on `device` (InputError if there is none such); one alone has no process group."""
     def __init__(self, device):
         self.rank, self.size, local = 0, 1, 0
         if os.environ.get("WORLD_SIZE", "1") != "1":
