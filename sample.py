@@ -135,23 +135,21 @@ def load_generator(path, stage, raw=False, grid=(16, 16)):
     MAR's for stage 2. Its `notes` are what the file says of it, and the file itself. Raises InputError."""
     file = read_checkpoint(path)
     cls, config_cls = {1: (DiscreteGenerator, DiscreteConfig), 2: (ContinuousGenerator, ContinuousConfig)}[stage]
-    source = {"source": [str(Path(path).resolve()), Path(path).stat().st_mtime]}
     if "run" not in file or "config" not in file:
-        options = dict(grid=grid) if stage == 1 else {}
+        options, notes = dict(grid=grid) if stage == 1 else {}, {}
         model = load_published(lambda state: cls.from_published(state, **options), path, file, raw)
-        model.notes = source
-        return model
-    with reading(path, "it does not fit this version; train it again"):
-        if file["stage"] != stage:
-            raise InputError(f"{path}: holds stage {file['stage']}, expected stage {stage}")
-        model = cls(config_cls(**entries(file["config"], **config_cls.__annotations__)))
-        model.load_state_dict(file["model" if raw else "ema"])
-        notes = entries(file, step=int, classes=list, counts=list, scale=float, sample=dict, tokenizers=str)
-        entries(notes["sample"], **{name: float for name in PRESETS["B"]["sample"]})
-        if not len(notes["classes"]) == len(notes["counts"]) == model.config.num_classes:
-            raise ValueError("it names more or fewer classes than it has")
-        model.notes = notes | source
-        return model
+    else:
+        with reading(path, "it does not fit this version; train it again"):
+            if file["stage"] != stage:
+                raise InputError(f"{path}: holds stage {file['stage']}, expected stage {stage}")
+            model = cls(config_cls(**entries(file["config"], **config_cls.__annotations__)))
+            model.load_state_dict(file["model" if raw else "ema"])
+            notes = entries(file, step=int, classes=list, counts=list, scale=float, sample=dict, tokenizers=str)
+            entries(notes["sample"], **{name: float for name in PRESETS["B"]["sample"]})
+            if not len(notes["classes"]) == len(notes["counts"]) == model.config.num_classes:
+                raise ValueError("it names more or fewer classes than it has")
+    model.notes = notes | {"source": [str(Path(path).resolve()), Path(path).stat().st_mtime]}
+    return model
 
 # What the command makes ----------------------------------------------------------------------------------------------
 

@@ -42,7 +42,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.data import DataLoader, Dataset, Subset, default_collate
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 import tokenizers
 if not hasattr(tokenizers, "VQTokenizer"):
@@ -441,9 +441,9 @@ def stage0(args, preset, processes):
 @torch.no_grad()
 def measure_scale(kl, images, seed=0):
     """1 / standard deviation of the latents of up to 2,048 pictures drawn at random. Raises InputError."""
-    chosen = Subset(images, np.random.default_rng(seed).permutation(len(images))[:2048].tolist())
+    chosen = np.random.default_rng(seed).permutation(len(images))[:2048].tolist()
     generator, latents = torch.Generator().manual_seed(seed), []
-    for pictures, _ in DataLoader(chosen, batch_size=64):
+    for pictures, _ in DataLoader(images, batch_size=64, sampler=chosen):
         moments = kl.encode(to_float(pictures.to(kl.quant_conv.weight.device))).cpu()         # (B,2C,h,w)
         latents.append(kl.sample(moments, torch.randn(moments.chunk(2, 1)[0].shape, generator=generator)).double())
     scale = 1 / float(torch.cat(latents).std())
@@ -579,8 +579,8 @@ def token_facts(vq, kl, tokenizers_id, size):
 def cache_layout(meta):
     """{name: (dtype, shape)} of the cache's arrays."""
     shape = 2, meta["count"], math.prod(meta["grid"])
-    return {"codes": (np.uint16, shape), "moments": (np.float16, (*shape, 2 * meta["channels"])),
-            "labels": (np.int64, shape[1:2])}
+    moments = *shape, 2 * meta["channels"]
+    return {"codes": (np.uint16, shape), "moments": (np.float16, moments), "labels": (np.int64, shape[1:2])}
 
 def open_arrays(folder, layout, mode="r"):
     """{name: memory-mapped array} of folder/NAME.npy. Raises ValueError for one that is not as `layout` says."""
