@@ -54,7 +54,8 @@ class Pipeline:
         for path, generator in zip(stages, generators):
             if generator.notes.get("tokenizers") != file["id"]:
                 raise InputError(f"{path}: was trained on tokens of other tokenizers than {tokenizers}; train it again")
-        return cls(vq, kl, *generators, *[None] * coarse, device, dtype, compile)
+        discrete, continuous = [*generators, None][:2]
+        return cls(vq, kl, discrete, continuous, device, dtype, compile)
 
     @classmethod
     def from_published(cls, vq=None, stage1=None, kl=None, stage2=None, size=256, raw=False, device="auto",

@@ -399,6 +399,7 @@ def stage0(args, preset, processes):
     fixed |= {name: identity(getattr(args, name)) for name in ("data", "vq", "kl")}
     if (folder / "meta.json").exists():
         meta = TokenCache(folder).meta
+        (folder / "done.npy").unlink(missing_ok=True)  # of an encoding that was killed at its very end
         check_fixed(folder, meta["run"], fixed)
         if not args.stage:
             processes.say(f"stage 0: finished ({meta['count']} pictures encoded in {folder})")
@@ -431,7 +432,7 @@ def stage0(args, preset, processes):
             side = preset["size"] // kl.config.factor
             read = functools.partial(read_picture, images, (kl.config.z_channels, side, side))
             trained = fit(0, Tokenizers(vq, kl), read, len(images), preset["train"][0], fixed, {}, args, processes)
-            vq, kl = trained.children()
+            vq, kl = trained.vq, trained.kl
         kl.scale = measure_scale(kl, images, args.seed)
         if args.kl and abs(kl.scale / KL16_SCALE - 1) < 0.05:
             kl.scale = KL16_SCALE  # KL-16 on something like ImageNet: keep what MAR's weights were trained on
@@ -768,7 +769,7 @@ def identity(path):
 # Processes, devices and errors ---------------------------------------------------------------------------------------
 
 class Processes:
-    """This process among `size`, on `device` (InputError if there is none such); one alone has no process group."""
+    """This process among `size`, on `device`. Alone it has no process group. Raises InputError for a missing device."""
     def __init__(self, device):
         self.rank, self.size, local = 0, 1, 0
         if os.environ.get("WORLD_SIZE", "1") != "1":
