@@ -305,9 +305,10 @@ def fit(stage, model, read, count, defaults, fixed, extra, args, processes):
         if received[-1][1] > received[0][1] + 1:  # a second one does not wait; but some tools send the first one twice
             raise KeyboardInterrupt(number)
 
+    batches = zip(range(start, steps), loader)  # starts the processes that read
     on_signals(receive)
     try:
-        for step, batch in zip(range(start, steps), loader):
+        for step, batch in batches:
             losses.append(training_step(wrapped, average, optimizers, batch, step, settings, args, processes))
             done = step + 1
             if done >= look or done == steps:
@@ -840,10 +841,14 @@ def interrupt(number, frame):
     raise KeyboardInterrupt(number)
 
 def on_signals(handler):
-    """From now on SIGNALS go to handler(number, frame), but for SIGHUP under nohup."""
-    for number in SIGNALS if threading.current_thread() is threading.main_thread() else ():  # elsewhere Python has none
-        if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, handler)
+    """From now on SIGNALS go to handler(number, frame), but for SIGHUP under nohup. No signal raises an error when a
+    reading process dies, in the middle of a step maybe: the loader finds out before the next one."""
+    if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
+        for number in SIGNALS:
+            if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, handler)
+        if hasattr(signal, "SIGCHLD"):
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 @contextlib.contextmanager
 def user_errors(parser):

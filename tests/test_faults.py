@@ -167,21 +167,28 @@ def test_a_lost_log_ends_nothing(finished, data, tmp_path, log):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_whatever_ends_a_stage_it_is_saved_first(run, data, workers, monkeypatch, capsys):
-    """A picture that cannot be read, a reading process that is killed for want of memory."""
-    before, read = load(run / "stage1.pt"), train.read_codes
+    """A picture that cannot be read; a reading process that is killed, for want of memory, in the middle of an update."""
+    before, read, decay = load(run / "stage1.pt"), train.read_codes, train.ema_decay
     (run / "stage1.pt").unlink()
     command = ["--preset", "tiny", "--data", data, "--out", run, "--stage", "1", "--steps", "30", "--workers", workers]
 
     def broken(cache, index, generator, chance):
         if broken.left == 0:
-            os.kill(os.getpid(), signal.SIGKILL) if workers else exec("raise InputError('a.png: broken')", globals())
+            raise InputError("a.png: broken")
         broken.left -= 1
         return read(cache, index, generator, chance)
 
-    broken.left = 8 * 11 + 3 + (0 if workers else 8)  # the main process reads the held-out batch
-    monkeypatch.setattr(train, "read_codes", broken)
+    def kill(step, longest):
+        if step == 11:
+            for child in torch.multiprocessing.active_children():
+                os.kill(child.pid, signal.SIGKILL)
+            time.sleep(0.5)
+        return decay(step, longest)
+
+    broken.left = 8 + 8 * 11 + 3  # the held-out batch, eleven batches, three pictures
+    monkeypatch.setattr(train, *(("ema_decay", kill) if workers else ("read_codes", broken)))
     refused(train.main, command, capsys, "reads data was killed" if workers else "a.png: broken")
-    assert load(run / "stage1.pt")["step"] in (range(1, 12) if workers else (11,))
+    assert load(run / "stage1.pt")["step"] in (range(12, 16) if workers else (11,))
     monkeypatch.undo()
     train.main([str(word) for word in command])
     after = load(run / "stage1.pt")
