@@ -143,7 +143,7 @@ def load_generator(path, stage, raw=False, grid=(16, 16)):
         with reading(path, "it does not fit this version; train it again"):
             if file["stage"] != stage:
                 raise InputError(f"{path}: holds stage {file['stage']}, expected stage {stage}")
-            model = cls(config_cls(**entries(file["config"], **config_cls.__annotations__)))
+            model = cls(config_cls(**entries(file["config"], **config_cls.__annotations__) | dict(dropout=0.0)))
             model.load_state_dict(file["model" if raw else "ema"])
             notes = entries(file, step=int, classes=list, counts=list, scale=float, sample=dict, tokenizers=str)
             entries(notes["sample"], **{name: float for name in PRESETS["B"]["sample"]})
