@@ -449,7 +449,7 @@ def evaluate(args, device):
         print("warning:", caveat, file=sys.stderr)
     for side in looked:
         found = features(model, side.images, args.batch_size, args.resize, device)
-        if not found[0].isfinite().all():
+        if not all(x.isfinite().all() for x in found if x is not None):
             raise InputError(f"{args.weights or WEIGHTS}: makes features that are not finite; name other --weights")
         side.features = {name: x for name, x in zip(("pool", "spatial", "logits"), found) if x is not None}
     if args.out:
@@ -499,14 +499,19 @@ def main(argv=None):
     try:
         result = evaluate(args, best if args.device == "auto" else args.device)
     except (InputError, OSError) as error:
-        parser.error(error)
+        parser.error(" ".join(str(error).split()))
     except torch.OutOfMemoryError:
         parser.error("the device's memory is full: use a smaller --batch-size")
     except KeyboardInterrupt:
         parser.exit(130, "interrupted\n")
-    print(json.dumps(result) if args.json else report(result))
+    try:
+        print(json.dumps(result) if args.json else report(result), flush=True)
+    except OSError as error:  # a closed pipe, a full disk: Python would try again, and say more, at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        parser.error(error)
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show is no reason to end
+    if sys.stdout:
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show is no reason to end
     main()

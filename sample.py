@@ -28,9 +28,10 @@ import torch.nn.functional as F
 import torch.utils.mkldnn
 
 from d2c import (PRESETS, ContinuousConfig, ContinuousGenerator, DiscreteConfig, DiscreteGenerator, compile_parts,
-                 generate)
-from train import (KL16_SCALE, Processes, SharedArrays, add_device_flags, autocast, entries, load_published,
-                   load_tokenizers, locked, number, read_checkpoint, seed_of, user_errors, word, writing)
+                 diffusion_schedule, generate, token_schedule)
+from train import (KL16_SCALE, Processes, SharedArrays, add_device_flags, autocast, entries, identity,
+                   load_published, load_tokenizers, locked, number, read_checkpoint, seed_of, user_errors, word,
+                   writing)
 from tokenizers import InputError, KLTokenizer, VQTokenizer, draw_grid, read_image, reading, to_float, to_map, to_uint8
 
 # The pipeline --------------------------------------------------------------------------------------------------------
@@ -126,7 +127,9 @@ class Pipeline:
         return [None if images is None else self.finish(images) for images in (coarse, fine)]
 
     def finish(self, images):
-        """Decoded images (B,3,S,S) -> uint8 (B,size,size,3)."""
+        """Decoded images (B,3,S,S) -> uint8 (B,size,size,3). Raises InputError."""
+        if not images.isfinite().all():
+            raise InputError("the pictures are not finite: try lower --temperature2, --cfg1, --cfg2, or other weights")
         if images.shape[-1] != self.size:
             images = F.interpolate(images, (self.size, self.size), mode="bicubic")
         return to_uint8(images).cpu().numpy()
@@ -146,10 +149,14 @@ def load_generator(path, stage, raw=False, grid=(16, 16)):
             model = cls(config_cls(**entries(file["config"], **config_cls.__annotations__) | dict(dropout=0.0)))
             model.load_state_dict(file["model" if raw else "ema"])
             notes = entries(file, step=int, classes=list, counts=list, scale=float, sample=dict, tokenizers=str)
-            entries(notes["sample"], **{name: float for name in PRESETS["B"]["sample"]})
-            if not len(notes["classes"]) == len(notes["counts"]) == model.config.num_classes:
-                raise ValueError("it names more or fewer classes than it has")
-    model.notes = notes | {"source": [str(Path(path).resolve()), Path(path).stat().st_mtime]}
+            settings = entries(notes["sample"], **{name: type(value) for name, value in PRESETS["B"]["sample"].items()})
+            diffusion_schedule(settings["diffusion_steps"])  # raises ValueError, as the next two, if it is out of range
+            token_schedule(math.prod(model.config.grid), settings["steps"], settings["cfg2"])
+            range(0, 1, settings["batch_size"])
+            if not (len(notes["classes"]) == len(notes["counts"]) == model.config.num_classes and any(notes["counts"])
+                    and all(isinstance(name, str) for name in notes["classes"])):
+                raise ValueError("its classes are not those that it was trained on")
+    model.notes = notes | {"source": identity(path).rpartition("[")[2]}
     return model
 
 # What the command makes ----------------------------------------------------------------------------------------------
@@ -177,14 +184,15 @@ def sample(pipeline, args, processes):
         pipeline.size = min(pipeline.size, 256)  # LlamaGen's FID of 384-pixel models is at 256
     count, size = args.num or 3 * len(chosen), pipeline.size
     processes.say(f"{count} pictures: " + ", ".join(f"{name} {value}" for name, value in pipeline.settings.items()))
-    plan = json.dumps(dict(
-        settings=pipeline.settings, seed=args.seed, classes=chosen, count=count, weights=pipeline.sources,
-        tokenizers=[args.vq, args.kl, args.size], raw=args.raw, dtype=[args.dtype, pipeline.device.type]))
+    sources = pipeline.sources + [str(identity(path)).rpartition("[")[2] for path in (args.vq, args.kl)]
+    plan = json.dumps(dict(settings=pipeline.settings, seed=args.seed, classes=chosen, count=count, weights=sources,
+                           size=args.size, raw=args.raw, dtype=[args.dtype, pipeline.device.type]))
     folder = args.out.with_name(args.out.name + ".partial")
     with reading(args.out, "move it away, or choose another --out"):
         comment = zipfile.ZipFile(args.out).comment if zipfile.is_zipfile(args.out) else None
     if comment == plan.encode():
-        if folder.exists() and (folder / "plan.json").read_text() == plan:  # killed before it could clear up
+        begun = folder / "plan.json"
+        if processes.rank == 0 and begun.is_file() and begun.read_text() == plan:  # killed before it could clear up
             shutil.rmtree(folder)
         return processes.say(f"{args.out} is there already, made by the same command")
 

@@ -386,8 +386,8 @@ class ImageFolder(Images):
             raise InputError(f"--data {root}: no images found; expected {root}/CLASS/IMAGE.jpg (or png, webp, bmp)")
         self.labels = np.array([label for _, label in self.files])
         self.note = f"; {len(others)} other files passed over" if others else ""
-        if {"train", "val"} <= labels.keys():
-            self.note += f"; train and val count as classes: did you mean --data {root}/train?"
+        if {"train", "val", "test"} & labels.keys():
+            self.note += f"; train, val or test count as classes: did you mean --data {root}/train?"
 
     def __getitem__(self, index):
         path, label = self.files[index]
@@ -415,7 +415,7 @@ class ImageArray(Images):
                     and labels.dtype.kind in "iu" and labels.shape == images.shape[:1]):
                 raise ValueError(f"images are {images.dtype} {images.shape}, labels {labels.dtype} {labels.shape}")
             most = max(1000, len(labels))  # without names; a label of 1e9 is a mistake
-            classes = file["classes"].tolist() if "classes" in file else range(min(int(labels.max()) + 1, most))
+            classes = file["classes"].ravel().tolist() if "classes" in file else range(min(int(labels.max()) + 1, most))
             if labels.min() < 0 or labels.max() >= len(classes):
                 raise ValueError(f"labels run from {labels.min()} up to {labels.max()}, {len(classes)} classes at most")
         self.images, self.labels, self.size = images, labels, size

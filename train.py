@@ -48,8 +48,8 @@ import tokenizers
 if not hasattr(tokenizers, "VQTokenizer"):
     raise ImportError(f"found Hugging Face's tokenizers: first put {Path(__file__).parent} in front of sys.path")
 from d2c import PRESETS, ContinuousConfig, ContinuousGenerator, DiscreteConfig, DiscreteGenerator, compile_parts
-from tokenizers import (InputError, KLTokenizer, TokenizerConfig, VQTokenizer, find_files, open_images, reading,
-                        to_float, to_tokens)
+from tokenizers import (SUFFIXES, InputError, KLTokenizer, TokenizerConfig, VQTokenizer, find_files, open_images,
+                        reading, to_float, to_tokens)
 
 # One picture of a batch, as each stage wants it (chance: a uniform number that the whole batch shares) ----------------
 
@@ -253,16 +253,21 @@ def fit(stage, model, read, count, defaults, fixed, extra, args, processes):
     average = AveragedModel(model)
     average.eval().n_averaged.fill_(1)  # else its first update copies the model instead of averaging
     optimizers = make_optimizers(model, settings)
-    start, log = 0, []
+    start, log, seconds_before = 0, [], 0.0
     if path.exists():
         file = read_checkpoint(path)
         with reading(path, "it does not fit this stage; move it away or choose another --out"):
             run, start, log = entries(file, run=dict, step=int, log=list).values()
+            seconds_before = float(log[-1][-1]) if log else 0.0
             fixed = check_fixed(path, run, fixed)
             model.load_state_dict(file["model"])
             average.module.load_state_dict(file["ema"])
             for optimizer, state in zip(optimizers, file["optimizers"], strict=True):
-                optimizer.load_state_dict(state)
+                optimizer.load_state_dict(dict(optimizer.state_dict(), state=state["state"]))
+                for parameter, found in optimizer.state.items():  # torch does not look
+                    shapes, whole = {name: x.shape for name, x in found.items()}, parameter.shape
+                    if shapes not in (dict(step=(), exp_avg=whole, exp_avg_sq=whole), dict(momentum_buffer=whole)):
+                        raise ValueError("the optimizer's state does not belong to these weights")
         del file
     if len(set(processes.gather(torch.tensor([start], device=device)).tolist())) > 1:
         raise InputError(f"{path}: is not the same for all processes; --out must lie on storage that all nodes share")
@@ -296,7 +301,7 @@ def fit(stage, model, read, count, defaults, fixed, extra, args, processes):
     loader = DataLoader(train, batch_sampler=keys, num_workers=args.workers, pin_memory=device.type == "cuda",
                         worker_init_fn=leave_signals)
     log_every = max(1, min(100, steps // 20))
-    losses, seconds_before = [], log[-1][-1] if log else 0.0  # losses stay on the device until they are logged
+    losses = []  # they stay on the device until they are logged
     began = last = time.time()
     done, saved, look, stop, received = start, start, start + 1, 0, []
 
@@ -420,9 +425,14 @@ def stage0(args, preset, processes):
         raise InputError(f"preset {args.preset} uses the published tokenizers: give both --vq FILE and --kl FILE")
     if not fixed.get("data"):
         raise InputError(f"preset {args.preset} needs --data: a folder of class folders, an .npz, or shapes")
+    if vq.config.codebook_size > 2**16:
+        raise InputError(f"--vq: its codebook has {vq.config.codebook_size} rows; codes are stored in 16 bits")
     if vq.config.factor != kl.config.factor:
         raise InputError(f"the grids of --vq and --kl differ: {vq.config.factor} and {kl.config.factor} pixels a place")
-    images = open_images(args.data or str(fixed["data"]).rsplit(" [", 1)[0], preset["size"], args.seed)
+    data = args.data or str(fixed["data"]).rsplit(" [", 1)[0]
+    if not args.data:  # it must not have changed meanwhile
+        check_fixed(path, fixed, dict(data=identity(data)))
+    images = open_images(data, preset["size"], args.seed)
     empty = len(images.classes) - np.count_nonzero(np.bincount(images.labels))
     processes.say(f"data: {len(images)} pictures of {len(images.classes) - empty} classes"
                   + f" (and {empty} classes without pictures)" * bool(empty) + images.note)
@@ -496,7 +506,7 @@ def parse(argv):
     add("--kl", metavar="FILE", help="published KL tokenizer (MAR's kl16.ckpt) instead of training one")
     add("--fusion", choices=("none", "cross", "qformer", "aligned"), help="how codes enter stage 2 (default: preset's)")
     add("--init", metavar="FILE", help="start --stage 1 from LlamaGen's or --stage 2 from MAR's weights")
-    add("--steps", type=number(int, 1), help="training steps of each stage that runs")
+    add("--steps", type=number(int, 1, 10**9), help="training steps of each stage that runs")
     add("--batch-size", type=number(int, 1), help="pictures per step of all processes; the default rate scales with it")
     add("--accumulate", type=number(int, 1), default=1, help="split each process's share of a step into so many parts")
     add("--lr", type=number(float, 0), help="peak learning rate")
@@ -508,6 +518,8 @@ def parse(argv):
     args.data = args.data or ("shapes" if args.preset == "demo" else None)
     if args.init and not args.stage:
         parser.error("--init needs --stage 1 or --stage 2")
+    if args.data not in (None, "shapes") and Path(args.out).resolve().is_relative_to(Path(args.data).resolve()):
+        parser.error(f"--out {args.out}: must not lie inside of --data, whose content must not change")
     if bool(args.vq) != bool(args.kl):
         parser.error("--vq and --kl belong together: give both files")
     return parser, args
@@ -540,8 +552,9 @@ class TokenCache:
             self.meta = meta = json.loads((folder / "meta.json").read_text())
             entries(meta, run=dict, classes=list)
             arrays = open_arrays(folder, cache_layout(meta))
-            if not 0 <= arrays["labels"].min() <= arrays["labels"].max() < len(meta["classes"]):
-                raise ValueError("labels.npy has labels of no class")
+            if not (0 <= arrays["labels"].min() <= arrays["labels"].max() < len(meta["classes"])
+                    and arrays["codes"].max() < meta["codebook_size"]):
+                raise ValueError("it has labels of no class, or codes of no row")
         self.codes, self.moments, self.labels = map(np.asarray, arrays.values())  # quicker to index than np.memmap
 
     def __reduce__(self):
@@ -597,12 +610,14 @@ class SharedArrays:
     folder/NAME.npy as `layout` says, {name: (dtype, shape)}; done.npy, a flag per batch; plan.json, the text `plan`, of
     what they are made. With the same plan the work goes on, else it starts again. Raises InputError on a full disk."""
     def __init__(self, folder, plan, layout, count, batch_size, processes):
-        if processes.size > int(os.environ.get("LOCAL_WORLD_SIZE", 1)):
+        if processes.size > processes.size_here:
             raise InputError(f"{folder} is made on one node, whose processes share files: run this command there")
         self.count, self.processes = count, processes
         begun = Path(folder) / "plan.json"
         layout = layout | {"done": (np.bool_, (math.ceil(count / batch_size),))}
         if processes.rank == 0 and not (begun.exists() and begun.read_text() == plan):
+            if begun.exists():
+                processes.say(f"{folder}: what another command has begun there is given up")
             with contextlib.ExitStack() as stack:
                 for name, (dtype, shape) in layout.items():
                     temporary = stack.enter_context(writing(begun.with_name(f"{name}.npy")))
@@ -647,14 +662,14 @@ class SharedArrays:
 def writing(path):
     """Gives a temporary name to write to, and then renames it: a reader sees the old file or the new one, never half of
     one. Raises InputError, with the old file untouched, when that fails."""
-    path = Path(path)
-    temporary = path.with_name(f"{path.stem}.tmp{path.suffix}")
+    real = Path(os.path.realpath(path))  # a link stays one
+    temporary = real.with_name(f".{real.stem}.tmp{real.suffix}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        real.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())  # the name must not point to content that a power cut can still lose
-        os.replace(temporary, path)
+        os.replace(temporary, real)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         raise InputError(f"{path}: cannot be written ({error}); free space or choose another --out") from error
     finally:
@@ -667,7 +682,7 @@ def locked(path, processes):
     if processes.rank == 0:
         with reading(path, "it cannot be written: choose another --out"):
             path.parent.mkdir(parents=True, exist_ok=True)
-            file = open(path, "w")
+            file = open(path, "a")  # which leaves alone what somebody else may have there
         try:
             import fcntl
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -678,8 +693,8 @@ def locked(path, processes):
     try:
         yield
     finally:
-        if processes.rank == 0:
-            path.unlink(missing_ok=True)
+        if processes.rank == 0 and path.exists() and not path.stat().st_size:
+            path.unlink()
 
 def read_checkpoint(path):
     """The dict in a torch file, on the CPU, without running code from it. (An argparse Namespace, which training
@@ -743,7 +758,7 @@ def load_tokenizers(path):
         vq.load_state_dict(file["vq"])
         kl.load_state_dict(file["kl"])
         kl.scale = float(file["scale"])
-        return vq.eval(), kl.eval(), entries(file, id=str, size=int, run=dict)
+        return vq.eval(), kl.eval(), entries(file, id=str, size=int, run=dict, scale=float)
 
 def check_fixed(path, before, fixed):
     """What must stay the same from command to command must be as it was when `path` was made; flags without a default
@@ -757,12 +772,13 @@ def check_fixed(path, before, fixed):
 
 def identity(path):
     """How a run remembers a file or data set: "PATH [CHECKSUM]", of which the checksum counts. A folder's covers names
-    and sizes of its files, a file's its size and last megabyte (where .npz and .pt keep checksums of all parts)."""
+    and sizes of pictures, a file's its size and last megabyte (where .npz and .pt keep checksums of all parts)."""
     if path in (None, "shapes"):
         return path
     with reading(path, "no such folder or file? A run that has used it before needs no such flag"):
         if os.path.isdir(path):
-            content = [(str(file.relative_to(path)), file.stat().st_size) for file in find_files(path)]
+            pictures = [file for file in find_files(path) if file.suffix.lower() in SUFFIXES]
+            content = [(str(file.relative_to(path)), file.stat().st_size) for file in pictures]
         else:
             content = os.path.getsize(path), np.memmap(path, mode="r")[-2**20:].tobytes()
         return f"{Path(path).resolve()} [{hashlib.blake2b(repr(content).encode(), digest_size=8).hexdigest()}]"
@@ -772,11 +788,12 @@ def identity(path):
 class Processes:
     """This process among `size`, on `device`. Alone it has no process group. Raises InputError for a missing device."""
     def __init__(self, device):
-        self.rank, self.size, local = 0, 1, 0
+        self.rank, self.size, self.size_here, local = 0, 1, 1, 0
+        remedy = "unset it, or start by torchrun, which sets more than that"
         if os.environ.get("WORLD_SIZE", "1") != "1":
-            with reading("WORLD_SIZE", "unset it, or start by torchrun, which sets more than that"):
-                names = "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT"
-                self.rank, self.size, local, *_ = (int(os.environ[name]) for name in names)
+            with reading("WORLD_SIZE", remedy):
+                names = "RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_RANK"
+                self.rank, self.size, self.size_here, local = (int(os.environ[name]) for name in names)
         available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
         name = next(kind for kind in available if available[kind]) if device == "auto" else device
         if not available[name]:
@@ -788,7 +805,11 @@ class Processes:
                 raise InputError(f"--nproc_per_node: there are only {torch.cuda.device_count()} GPUs")
             torch.cuda.set_device(self.device)
         if self.size > 1:  # encoding and sampling drift apart for long before they meet again: hence the patience
-            dist.init_process_group("nccl" if name == "cuda" else "gloo", timeout=timedelta(hours=12))
+            self.say(f"waiting for {self.size} processes (WORLD_SIZE)")
+            on_signals(signal.SIG_DFL)  # while torch waits, Python's handlers would not be called
+            with reading("WORLD_SIZE", remedy):
+                dist.init_process_group("nccl" if name == "cuda" else "gloo", timeout=timedelta(hours=12))
+            on_signals(interrupt)
 
     def say(self, text):
         if self.rank == 0:
@@ -862,13 +883,15 @@ def user_errors(parser):
             dist.destroy_process_group()
     except (InputError, OSError) as error:
         parser.error(" ".join(str(error).split("tokenizers.InputError: ")[-1].split()))  # data workers add a traceback
-    except torch.OutOfMemoryError:
-        parser.error("the device's memory is full: use a smaller --batch-size (in training also --accumulate)")
+    except (torch.OutOfMemoryError, MemoryError):
+        parser.error("the memory is full: use a smaller --batch-size (in training also --accumulate)")
     except KeyboardInterrupt as error:
         parser.exit(128 + (*error.args, signal.SIGINT)[0], "interrupted; the same command again goes on where it can\n")
     except RuntimeError as error:
         if dist.is_initialized() and "peer" in str(error):
             parser.error("another process of this command has stopped; the reason stands above, or in its own output")
+        if "allocate memory" in str(error):
+            parser.error("the memory is full: use a smaller --batch-size (in training also --accumulate)")
         if "DataLoader worker" in str(error):
             parser.error("a process that reads data was killed, perhaps for want of memory: try fewer --workers")
         raise

@@ -216,6 +216,18 @@ def test_two_commands_on_one_folder(run, data, tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.npz", "b.npz", "run"]
 
 
+def test_files_that_only_look_like_ours_are_left_alone(run, tmp_path, capsys):
+    """A file called lock, also behind a link; and a checkpoint on another disk stays there."""
+    (tmp_path / "mine").write_text("precious")
+    (run / "lock").symlink_to(tmp_path / "mine")
+    train.main(["--preset", "tiny", "--out", str(run), "--stage", "1", "--steps", "30"])
+    assert (tmp_path / "mine").read_text() == "precious" and (run / "lock").is_symlink()
+    (run / "stage1.pt").rename(tmp_path / "elsewhere.pt")
+    (run / "stage1.pt").symlink_to(tmp_path / "elsewhere.pt")
+    train.main(["--preset", "tiny", "--out", str(run), "--stage", "1", "--steps", "31"])
+    assert (run / "stage1.pt").is_symlink() and load(tmp_path / "elsewhere.pt")["step"] == 31
+
+
 # Numbers that are not numbers ----------------------------------------------------------------------------------------
 
 
@@ -253,6 +265,12 @@ def test_weights_that_are_not_finite_are_named(run, data, name, path, tmp_path, 
         torch.save(file["kl"], tmp_path / "kl.pt")
         refused(train.main, ["--preset", "tiny", "--data", data, "--out", tmp_path / "new", "--vq", tmp_path / "vq.pt",
                              "--kl", tmp_path / "kl.pt"], capsys, tmp_path / "vq.pt", key, "not finite")
+
+
+def test_pictures_that_are_not_finite_are_not_saved(finished, tmp_path, capsys):
+    refused(sample.main, ["--run", finished, "--num", "2", "--temperature2", "1e20", "--out", tmp_path / "a.npz"], capsys,
+            "not finite", "--temperature2")
+    assert not (tmp_path / "a.npz").exists()
 
 
 # Valid or nearly valid input -----------------------------------------------------------------------------------------
@@ -386,6 +404,30 @@ def test_entries_that_are_missing_or_of_another_kind(run, name, tmp_path, capsys
     assert refusals > tried // 3
 
 
+@pytest.mark.parametrize("change", [dict(exp_avg=torch.zeros(7, 3)), dict(exp_avg=None), dict(step=torch.zeros(21)),
+                                    dict(more=torch.zeros(1))])
+def test_the_state_of_optimizers_must_fit(run, change, capsys):
+    """Torch does not look, and may crash."""
+    file = load(run / "stage1.pt")
+    state = file["optimizers"][0]["state"][0]
+    state.update(change)
+    if None in change.values():
+        del state["exp_avg"]
+    torch.save(file, run / "stage1.pt")
+    refused(train.main, ["--preset", "tiny", "--out", run, "--stage", "1", "--steps", "40"], capsys, "stage1.pt",
+            "optimizer")
+
+
+def test_tokens_of_no_row_of_the_codebook(run, data, tmp_path, monkeypatch, capsys):
+    codes = np.load(run / "tokens" / "codes.npy", allow_pickle=False)
+    codes[1, 5, 3] = 60000
+    np.save(run / "tokens" / "codes.npy", codes)
+    refused(train.main, ["--preset", "tiny", "--out", run, "--stage", "1", "--steps", "40"], capsys, run / "tokens")
+    preset = dict(d2c.PRESETS["tiny"], vq=dict(d2c.PRESETS["tiny"]["vq"], codebook_size=2**16 + 1))
+    monkeypatch.setitem(d2c.PRESETS, "tiny", preset)
+    refused(train.main, ["--preset", "tiny", "--data", data, "--out", tmp_path / "new"], capsys, "65537 rows", "16 bits")
+
+
 def test_files_that_want_to_run_code_are_told_in_one_line(run, tmp_path, capsys):
     """TorchScript, old and new pickles; what they want to run is named."""
     command = ["--preset", "tiny", "--out", run, "--stage", "1", "--init", tmp_path / "init.pt"]
@@ -485,6 +527,25 @@ def test_data_is_known_by_what_it_holds_not_where_it_lies(half, finished, data, 
     refused(train.main, [*command, "--data", moved], capsys, "made with data", "--out")
 
 
+def test_data_that_is_not_named_again_must_not_have_changed(half, data, tmp_path, capsys):
+    folder, command = half
+    shutil.copy(data, tmp_path / "d.npz")
+    file = load(folder / "tokenizers.pt")
+    file["run"]["data"] = train.identity(str(tmp_path / "d.npz"))
+    torch.save(file, folder / "tokenizers.pt")
+    arrays(tmp_path / "d.npz")
+    refused(train.main, [*command[:2], *command[4:]], capsys, "made with data", "d.npz")
+
+
+def test_a_run_does_not_lie_in_its_data(tmp_path, capsys):
+    root = pictures(tmp_path / "data")
+    for out in (root, root / "run"):
+        refused(train.main, ["--preset", "tiny", "--data", root, "--out", out], capsys, "--out", "--data")
+    before = train.identity(str(root))
+    (root / "ant" / "Thumbs.db").write_text("no picture")
+    assert train.identity(str(root)) == before
+
+
 def test_a_folder_is_known_by_the_names_and_sizes_of_its_files(tmp_path):
     pictures(tmp_path / "a")
     before = train.identity(str(tmp_path / "a"))
@@ -577,6 +638,8 @@ def test_names_that_the_terminal_cannot_show(tmp_path):
 
 
 def test_class_names_of_all_kinds(tmp_path, capsys):
+    with pytest.raises(InputError, match="1 classes"):
+        ImageArray(arrays(tmp_path / "a.npz", classes=np.array("ants")), 16)
     classes = np.array(["salt, pepper", "Käse", "a", "b"])
     for array in (classes, np.char.encode(classes, "utf-8")):
         assert ImageArray(arrays(tmp_path / "a.npz", classes=array), 16).classes == classes.tolist()
@@ -602,7 +665,9 @@ def test_a_clock_that_stands_still(data, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("variables", [dict(WORLD_SIZE="2"), dict(WORLD_SIZE="2", RANK="0"), dict(WORLD_SIZE="two"),
-                                       dict(WORLD_SIZE="2", RANK="1", LOCAL_RANK="1", LOCAL_WORLD_SIZE="2")])
+                                       dict(WORLD_SIZE="2", RANK="1", LOCAL_RANK="1", LOCAL_WORLD_SIZE="2"),
+                                       dict(WORLD_SIZE="2", RANK="0", LOCAL_RANK="0", LOCAL_WORLD_SIZE="2",
+                                            MASTER_ADDR="localhost", MASTER_PORT="99999999")])
 def test_a_world_size_that_nobody_meant(variables, tmp_path, monkeypatch, capsys):
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
@@ -622,3 +687,17 @@ def test_another_package_called_tokenizers(tmp_path):
         code = f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(ROOT)!r}]; import {script}"
         error = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path).stderr
         assert "ImportError" in error and "Hugging Face" in error.splitlines()[-1], error
+
+
+@pytest.mark.parametrize("lost", ["closed pipe", "full disk", "nothing"])
+def test_fid_without_an_output(tmp_path, lost):
+    np.savez(tmp_path / "a.npz", mu=np.zeros(2048), sigma=np.zeros((2048, 2048)))
+    command = [sys.executable, ROOT / "fid.py", tmp_path / "a.npz", "--ref", tmp_path / "a.npz", "--metrics", "FID"]
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open("/dev/full" if lost == "full disk" else os.devnull, "w") as file:
+        output = writer if lost == "closed pipe" else file
+        result = subprocess.run(command, stdout=output, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    said = [line for line in result.stderr.splitlines() if not line.startswith("warning")]
+    assert result.returncode == (0 if lost == "nothing" else 2) and len(said) == (lost != "nothing"), said

@@ -104,8 +104,14 @@ def test_sampling_goes_on_where_it_was_cut_off(finished, tmp_path, monkeypatch, 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cut.npz", "whole.npz"]
     sample.main(command)
     assert made == [8] * 6 and "cut.npz is there already" in capsys.readouterr().out
-    os.utime(finished / "stage2.pt")  # other weights, for all that is known
+    os.utime(finished / "stage2.pt")  # the same weights
     sample.main(command)
+    assert made == [8] * 6
+    other = torch.load(finished / "stage2.pt", weights_only=True)
+    other["ema"]["z_proj.bias"] += 1
+    Path(shutil.copytree(finished, tmp_path / "other"))
+    torch.save(other, tmp_path / "other" / "stage2.pt")
+    sample.main([command[0], str(tmp_path / "other"), *command[2:]])
     assert made == [8] * 11
 
 
