@@ -393,14 +393,13 @@ class ImageFolder(Images):
         path, label = self.files[index]
         return read_image(path, self.size), label
 
-def find_files(root, seen=None):
+def find_files(root, above=()):
     """Paths of all files below a folder, by name; hidden ones (.name) do not count, linked ones do. Raises OSError."""
-    files, seen = [], set() if seen is None else seen
-    if os.path.realpath(root) not in seen:  # a link to a folder above would lead around for ever
-        seen.add(os.path.realpath(root))
+    files, here = [], os.path.realpath(root)
+    if here not in above:  # a link to a folder above would lead around for ever
         for entry in sorted(os.scandir(root), key=lambda entry: entry.name):
             if not entry.name.startswith("."):
-                files += find_files(entry.path, seen) if entry.is_dir() else [Path(entry)]
+                files += find_files(entry.path, (*above, here)) if entry.is_dir() else [Path(entry)]
     return files
 
 class ImageArray(Images):

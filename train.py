@@ -149,8 +149,8 @@ class Muon(torch.optim.Optimizer):
     which gradients are large (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon). Elements of a step are
     0.2 of the rate on average, as in AdamW, so one rate suits both (Liu et al. 2025, arXiv 2502.16982).
 
-    torch.optim.Muon(adjust_lr_fn="match_rms_adamw") is the same in bfloat16, which takes twenty times as long on
-    processors that have no instructions for it (docs/speed.md)."""
+    torch.optim.Muon(adjust_lr_fn="match_rms_adamw", ns_steps=3) is the same in bfloat16, which takes twenty times as
+    long on processors that have no instructions for it (docs/speed.md)."""
     def __init__(self, groups, lr, momentum=0.95):
         super().__init__(groups, dict(lr=lr, momentum=momentum))
 
@@ -165,8 +165,8 @@ class Muon(torch.optim.Optimizer):
                 matrix.add_(update, alpha=-group["lr"] * 0.2 * math.sqrt(max(matrix.shape)))
 
 def orthogonal(matrix, iterations=3):
-    """matrix (m,n) -> (m,n): the same singular vectors, with singular values near 1. An iteration takes each value s to
-    3.4445 s - 4.7750 s^3 + 2.0315 s^5, by products alone. (Torch makes five iterations.)"""
+    """matrix (m,n) -> (m,n): the same singular vectors, with singular values nearer to 1. An iteration takes each value
+    s to 3.4445 s - 4.7750 s^3 + 2.0315 s^5, by products alone. (Torch makes five; three leave small ones small.)"""
     tall = matrix.shape[0] > matrix.shape[1]
     x = (matrix.T if tall else matrix) / matrix.norm().clamp(min=1e-7)
     for _ in range(iterations):
@@ -179,7 +179,7 @@ def make_optimizers(model, settings):
     number), which map features to features. AdamW keeps the rest: vectors, embeddings, position tables, and first and
     last layers, where a row stands for one code, class or channel.
 
-    Weight decay on matrices only, and never on the diffusion head (LlamaGen and MAR)."""
+    Weight decay on parameters of two or more dimensions, and never on the diffusion head (LlamaGen and MAR)."""
     adamw, muon = {}, {}  # weight decay: the group of parameters that has it
     for name, parameter in model.named_parameters():
         decay = settings["weight_decay"] if parameter.ndim >= 2 and not name.startswith("diffloss.") else 0.0
@@ -230,7 +230,8 @@ def training_step(model, average, optimizers, batch, step, settings, args, proce
 def fit(stage, model, read, count, defaults, fixed, extra, args, processes):
     """Train `model` (its forward is the loss) from the run's checkpoint, if there is one, to the steps asked for.
 
-    read: one of the functions above, for `count` pictures; 1 % of them, at most 5,000, are held out. defaults: the
+    read: one of the functions above, for `count` pictures; 1 % of them, at most 5,000, are held out, and one batch of
+    those is measured. defaults: the
     preset's training settings. fixed: what must stay the same from command to command. extra: stored for sample.py.
     Returns the averaged (EMA) model. Raises InputError for what does not fit, and a loss that is not finite."""
     device, path = processes.device, Path(args.out) / f"stage{stage}.pt"
@@ -260,6 +261,8 @@ def fit(stage, model, read, count, defaults, fixed, extra, args, processes):
             run, start, log = entries(file, run=dict, step=int, log=list).values()
             seconds_before = float(log[-1][-1]) if log else 0.0
             fixed = check_fixed(path, run, fixed)
+            if file.get("config") != extra.get("config"):
+                raise ValueError("the preset has other sizes now")
             model.load_state_dict(file["model"])
             average.module.load_state_dict(file["ema"])
             for optimizer, state in zip(optimizers, file["optimizers"], strict=True):
@@ -310,8 +313,8 @@ def fit(stage, model, read, count, defaults, fixed, extra, args, processes):
         if received[-1][1] > received[0][1] + 1:  # a second one does not wait; but some tools send the first one twice
             raise KeyboardInterrupt(number)
 
-    batches = zip(range(start, steps), loader)  # starts the processes that read
-    on_signals(receive)
+    batches = zip(range(start, steps), loader)  # starts the processes that read, and sets a handler for their death,
+    on_signals(receive)                         # which this takes away again
     try:
         for step, batch in batches:
             losses.append(training_step(wrapped, average, optimizers, batch, step, settings, args, processes))
@@ -321,8 +324,8 @@ def fit(stage, model, read, count, defaults, fixed, extra, args, processes):
             save_now = done % args.save_every == 0 or done == steps or stop
             if done % log_every == 0 or save_now:
                 with torch.no_grad(), autocast(device, args.dtype):  # by the averaged weights, a mean over pictures
-                    loss = sum(average(*piece) * len(piece[0]) for piece in pieces) / size
-                history, validation = (processes.gather(x[None]).mean(0).tolist() for x in (torch.stack(losses), loss))
+                    held = sum(average(*piece) * len(piece[0]) for piece in pieces) / size
+                history, validation = (processes.gather(x[None]).mean(0).tolist() for x in (torch.stack(losses), held))
                 bad = [done + 1 - len(history) + i for i, loss in enumerate(history) if not math.isfinite(loss)]
                 if bad or not math.isfinite(validation):
                     saved = done  # nothing worth saving
@@ -515,7 +518,8 @@ def parse(argv):
     add_device_flags(add)
     args = parser.parse_args(argv)
     args.out = args.out or f"runs/{args.preset}"
-    args.data = args.data or ("shapes" if args.preset == "demo" else None)
+    new = not Path(args.out, "tokenizers.pt").exists()  # else the run knows its data
+    args.data = args.data or ("shapes" if args.preset == "demo" and new else None)
     if args.init and not args.stage:
         parser.error("--init needs --stage 1 or --stage 2")
     if args.data not in (None, "shapes") and Path(args.out).resolve().is_relative_to(Path(args.data).resolve()):
@@ -617,7 +621,7 @@ class SharedArrays:
         layout = layout | {"done": (np.bool_, (math.ceil(count / batch_size),))}
         if processes.rank == 0 and not (begun.exists() and begun.read_text() == plan):
             if begun.exists():
-                processes.say(f"{folder}: what another command has begun there is given up")
+                processes.say(f"{folder}: was begun by a command with other settings, and is begun anew")
             with contextlib.ExitStack() as stack:
                 for name, (dtype, shape) in layout.items():
                     temporary = stack.enter_context(writing(begun.with_name(f"{name}.npy")))
@@ -670,6 +674,8 @@ def writing(path):
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())  # the name must not point to content that a power cut can still lose
         os.replace(temporary, real)
+    except torch.OutOfMemoryError:
+        raise
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         raise InputError(f"{path}: cannot be written ({error}); free space or choose another --out") from error
     finally:
@@ -766,8 +772,9 @@ def check_fixed(path, before, fixed):
     for name, value in fixed.items():
         old, new = (str(x).rpartition(" [")[2] for x in (before.get(name), value))  # checksums, where there are some
         if value is not None and old != new:
-            raise InputError(f"{path}: was made with {name} {before.get(name)}, this command has {name} {value}: use "
-                             "the same, or another --out")
+            hint = " (in brackets: a checksum of its content)" if str(value).endswith("]") else ""
+            raise InputError(f"{path}: was made with {name} {before.get(name)}, this command has {name} {value}{hint}: "
+                             "use the same, or another --out")
     return before
 
 def identity(path):
@@ -775,7 +782,7 @@ def identity(path):
     and sizes of pictures, a file's its size and last megabyte (where .npz and .pt keep checksums of all parts)."""
     if path in (None, "shapes"):
         return path
-    with reading(path, "no such folder or file? A run that has used it before needs no such flag"):
+    with reading(path, "no such folder or file? Give the path where it is now, or no flag if it has served"):
         if os.path.isdir(path):
             pictures = [file for file in find_files(path) if file.suffix.lower() in SUFFIXES]
             content = [(str(file.relative_to(path)), file.stat().st_size) for file in pictures]
@@ -862,8 +869,8 @@ def interrupt(number, frame):
     raise KeyboardInterrupt(number)
 
 def on_signals(handler):
-    """From now on SIGNALS go to handler(number, frame), but for SIGHUP under nohup. No signal raises an error when a
-    reading process dies, in the middle of a step maybe: the loader finds out before the next one."""
+    """From now on SIGNALS go to handler(number, frame), but for SIGHUP under nohup. The handler that torch has for the
+    death of a reading process goes: it may raise in the middle of a step. The loader finds out before the next one."""
     if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
         for number in SIGNALS:
             if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:

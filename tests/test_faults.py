@@ -581,8 +581,9 @@ def test_what_is_a_picture(tmp_path, capsys):
     assert len(folder) == 11 and folder.others == 2
     assert next(fid.caveats(fid.ImageSet("data", folder), fid.ImageSet(), ["IS"], None)).startswith("data: 2 files")
     (root / "bee" / "round").symlink_to(root / "bee")
+    (root / "cow").symlink_to(tmp_path / "elsewhere")  # known already, by another name
     for find in (tokenizers.find_files, fid.find_files):
-        assert len(find(root)) == 13  # none twice, and not for ever
+        assert len(find(root)) == 18  # not twice through one loop, and not for ever
         assert [path.name for path in find(f"{tmp_path}/elsewhere/")] == [f"{i}.png" for i in range(5)]
     pictures(tmp_path / "imagenet", ["train", "val"])
     assert "did you mean" in ImageFolder(tmp_path / "imagenet", 16).note
@@ -601,6 +602,12 @@ def test_a_folder_that_cannot_be_read_is_an_error(find, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "scandir", forbidden)
     with pytest.raises(PermissionError, match="bee"):
         find(tmp_path)
+
+
+def test_a_preset_that_was_edited_meanwhile(run, monkeypatch, capsys):
+    preset = d2c.PRESETS["tiny"]
+    monkeypatch.setitem(d2c.PRESETS, "tiny", dict(preset, stage1=dict(preset["stage1"], num_heads=4)))
+    refused(train.main, ["--preset", "tiny", "--out", run, "--stage", "1", "--steps", "40"], capsys, "stage1.pt", "sizes")
 
 
 def test_empty_words(run, data, capsys, tmp_path, monkeypatch):
