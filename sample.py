@@ -150,12 +150,11 @@ def load_generator(path, stage, raw=False, grid=(16, 16)):
             model.load_state_dict(file["model" if raw else "ema"])
             notes = entries(file, step=int, classes=list, counts=list, scale=float, sample=dict, tokenizers=str)
             settings = entries(notes["sample"], **{name: type(value) for name, value in PRESETS["B"]["sample"].items()})
-            diffusion_schedule(settings["diffusion_steps"])  # raises ValueError, as the next two, if it is out of range
+            diffusion_schedule(settings["diffusion_steps"])  # raises ValueError, as the next, if it is out of range
             token_schedule(math.prod(model.config.grid), settings["steps"], settings["cfg2"])
-            range(0, 1, settings["batch_size"])
             if not (len(notes["classes"]) == len(notes["counts"]) == model.config.num_classes and any(notes["counts"])
-                    and all(isinstance(name, str) for name in notes["classes"])):
-                raise ValueError("its classes are not those that it was trained on")
+                    and all(isinstance(name, str) for name in notes["classes"]) and settings["batch_size"]):
+                raise ValueError("its classes are not those that it was trained on, or batch_size is 0")
     model.notes = notes | {"source": identity(path).rpartition("[")[2]}
     return model
 

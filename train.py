@@ -231,9 +231,8 @@ def fit(stage, model, read, count, defaults, fixed, extra, args, processes):
     """Train `model` (its forward is the loss) from the run's checkpoint, if there is one, to the steps asked for.
 
     read: one of the functions above, for `count` pictures; 1 % of them, at most 5,000, are held out, and one batch of
-    those is measured. defaults: the
-    preset's training settings. fixed: what must stay the same from command to command. extra: stored for sample.py.
-    Returns the averaged (EMA) model. Raises InputError for what does not fit, and a loss that is not finite."""
+    those is measured. defaults: the preset's training settings. fixed: what must stay the same from command to command.
+    extra: stored for sample.py. Returns the averaged (EMA) model. Raises InputError, for a loss not finite too."""
     device, path = processes.device, Path(args.out) / f"stage{stage}.pt"
     steps, batch_size = args.steps or defaults["steps"], args.batch_size or defaults["batch_size"]
     settings = defaults | dict(
@@ -890,15 +889,13 @@ def user_errors(parser):
             dist.destroy_process_group()
     except (InputError, OSError) as error:
         parser.error(" ".join(str(error).split("tokenizers.InputError: ")[-1].split()))  # data workers add a traceback
-    except (torch.OutOfMemoryError, MemoryError):
-        parser.error("the memory is full: use a smaller --batch-size (in training also --accumulate)")
     except KeyboardInterrupt as error:
         parser.exit(128 + (*error.args, signal.SIGINT)[0], "interrupted; the same command again goes on where it can\n")
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:  # torch has words, and a kind of RuntimeError, for a full memory
+        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error):
+            parser.error("the memory is full: use a smaller --batch-size (in training also --accumulate)")
         if dist.is_initialized() and "peer" in str(error):
             parser.error("another process of this command has stopped; the reason stands above, or in its own output")
-        if "allocate memory" in str(error):
-            parser.error("the memory is full: use a smaller --batch-size (in training also --accumulate)")
         if "DataLoader worker" in str(error):
             parser.error("a process that reads data was killed, perhaps for want of memory: try fewer --workers")
         raise
