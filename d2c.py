@@ -197,14 +197,16 @@ class DiscreteGenerator(nn.Module):
         return self.output(self.norm(x))[:, 0]                                                # (B,K)
 
     @torch.no_grad()
-    def generate(self, labels, cfg_scale=1.0, temperature=1.0, top_k=0, top_p=1.0, generator=None, cfg_interval=-1):
-        """labels (B,) -> codes (B,N), sampled one by one through a cache of keys and values. cfg_scale 1 is no
-        guidance. With cfg_interval = k >= 0 only the first k + 2 codes are guided: LlamaGen counts from the second
-        code, and includes k. For temperature, top_k and top_p see sample_code."""
+    def stream(self, labels, cfg_scale=1.0, temperature=1.0, top_k=0, top_p=1.0, generator=None, cfg_interval=-1):
+        """labels (B,) -> codes (B,N), sampled one by one through a cache of keys and values. Yields them after each one,
+        always the same tensor, -1 where nothing is written yet. cfg_scale 1 is no guidance. With cfg_interval = k >= 0
+        only the first k + 2 codes are guided: LlamaGen counts from the second code, and includes k. For temperature,
+        top_k and top_p see sample_code."""
         guided, number = cfg_scale != 1, math.prod(self.config.grid)
+        codes = torch.full((len(labels), number), -1, device=labels.device)                   # (B,N)
         if guided:
             labels = torch.cat([labels, torch.full_like(labels, -1)])                         # (2B,)
-        positions, cache, codes = torch.arange(number, device=labels.device), self.empty_cache(len(labels)), []
+        positions, cache = torch.arange(number, device=labels.device), self.empty_cache(len(labels))
         x = self.embed_labels(labels)                                                         # (B or 2B,1,D)
         for i in range(number):
             logits = self.decode_one(x, positions[i:i + 1], cache).float()                    # (B or 2B,K)
@@ -212,9 +214,13 @@ class DiscreteGenerator(nn.Module):
                 cond, uncond = logits.chunk(2)                                                # (B,K) each
                 here = cfg_interval < 0 or i <= cfg_interval + 1
                 logits = uncond + cfg_scale * (cond - uncond) if here else cond
-            codes.append(sample_code(logits, temperature, top_k, top_p, generator))           # (B,)
-            x = self.tok_embeddings(codes[-1])[:, None].repeat(2 if guided else 1, 1, 1)      # (B or 2B,1,D)
-        return torch.stack(codes, 1)                                                          # (B,N)
+            codes[:, i] = sample_code(logits, temperature, top_k, top_p, generator)           # (B,)
+            x = self.tok_embeddings(codes[:, i])[:, None].repeat(2 if guided else 1, 1, 1)    # (B or 2B,1,D)
+            yield codes
+
+    def generate(self, *inputs, **settings):
+        """The finished codes (B,N); arguments of `stream`."""
+        return list(self.stream(*inputs, **settings))[-1]
 
 def count(state, prefix):
     """How many blocks PREFIX0, PREFIX1, ... a state dict has."""
@@ -560,9 +566,10 @@ class ContinuousGenerator(nn.Module):
             return diffusion_sample(net, c, noise, temperature, cfg_scale, steps, clip, self.denoising_step)
 
     @torch.no_grad()
-    def generate(self, labels, codes, orders, draw, num_steps=64, cfg_scale=1.0, temperature=1.0, diffusion_steps=100,
-                 clip=math.inf):
-        """labels (B,), codes (B,N) (None without fusion) -> latents (B,N,C), scaled as in training.
+    def stream(self, labels, codes, orders, draw, num_steps=64, cfg_scale=1.0, temperature=1.0, diffusion_steps=100,
+               clip=math.inf):
+        """labels (B,), codes (B,N) (None without fusion) -> latents (B,N,C), scaled as in training. Yields them after
+        each token step, always the same tensor, zero where nothing is drawn yet.
 
         orders (B,N): for each picture a permutation of the places, drawn from its end to its beginning, as in MAR.
         draw(rows, C): standard normal noise, called steps + 1 times in each token step; rows are the places of this
@@ -591,7 +598,11 @@ class ContinuousGenerator(nn.Module):
             drawn = self.sample_latents(z, noise, temperature, guidance[k], steps, clip)      # (B*r,C)
             drawn = drawn.unflatten(0, (batch, revealed)).repeat(len(labels) // batch, 1, 1)  # (B or 2B,r,C)
             latents.scatter_(1, places[..., None].expand(-1, -1, channels), drawn)
-        return latents[:batch]
+            yield latents[:batch]
+
+    def generate(self, *inputs, **settings):
+        """The finished latents (B,N,C); arguments of `stream`."""
+        return list(self.stream(*inputs, **settings))[-1]
 
 def pick(x, places):
     """The rows `places` (B,P) of x (B or 1,T,D) -> (B,P,D)."""

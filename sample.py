@@ -222,14 +222,14 @@ def vary(pipeline, args):
     and three fine pictures drawn anew from its codes, for the class given or for none. Raises InputError."""
     if not (pipeline.vq and pipeline.continuous) or pipeline.continuous.config.fusion == "none":
         raise InputError("--from needs a stage 2 with fusion: a whole run, or --vq, --stage1, --kl and --stage2")
-    originals = np.stack([read_image(path, pipeline.size) for path in args.photos])           # (n,S,S,3)
+    originals = np.stack([read_image(path, pipeline.size, upright=True) for path in args.photos])  # (n,S,S,3)
     x = to_float(torch.from_numpy(originals)).to(pipeline.device)                             # (n,3,S,S)
     codes, means = pipeline.vq.encode(x).flatten(1), pipeline.kl.encode(x).chunk(2, 1)[0]     # (n,N), (n,C,h,w)
     chosen = choose_classes(args.classes, pipeline.classes, pipeline.trained) if args.classes else [-1]
     labels = [chosen[i % len(chosen)] for i in range(len(codes))]
-    drawn = [pipeline.batch(labels, args.seed, k, codes) for k in range(3)]
-    rows = {"original": originals, "KL": pipeline.finish(pipeline.kl.decode(means)), "codes (VQ)": drawn[0][0],
-            "fine": drawn[0][1], "again": drawn[1][1], "and again": drawn[2][1]}
+    coarse, fine = pipeline.batch(3 * labels, args.seed, 0, codes.repeat(3, 1))               # (3n,S,S,3) each
+    rows = {"original": originals, "KL": pipeline.finish(pipeline.kl.decode(means)), "codes (VQ)": coarse[:len(codes)]}
+    rows |= zip(["fine", "again", "and again"], np.split(fine, 3))                            # (n,S,S,3) each
     with writing(args.out) as temporary:
         draw_grid(np.stack([*rows.values()]), [Path(path).stem for path in args.photos], [*rows]).save(temporary)
 

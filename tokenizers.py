@@ -30,7 +30,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.utils.data import Dataset
 
 # The two tokenizers --------------------------------------------------------------------------------------------------
@@ -322,10 +322,11 @@ def center_crop(image, size):
 
 FORMATS, SUFFIXES = ("JPEG", "PNG", "WEBP", "BMP"), {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp"}
 
-def read_image(path, size):
-    """One picture file of whatever kind, centre-cropped: uint8 (size,size,3). As in ADM, orientation tags and
-    transparency are ignored. Raises InputError naming the file."""
+def read_image(path, size, upright=False):
+    """One picture file of whatever kind, centre-cropped: uint8 (size,size,3). As in ADM, transparency is ignored, and
+    orientation tags are unless `upright`. Raises InputError naming the file."""
     with reading(path, "repair or remove this picture"), Image.open(path, formats=FORMATS) as image:
+        image = ImageOps.exif_transpose(image) if upright else image
         if image.mode.startswith("I"):  # 16-bit grey: `convert` would clip it to white instead of scaling it
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         return center_crop(np.asarray(image.convert("RGB")), size)

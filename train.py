@@ -71,14 +71,16 @@ def read_latents(cache, config, index, generator, chance):
 
     The picture is mirrored with probability 1/2. `chance` decides how many places are hidden, the same for the whole
     batch; which ones is the picture's own random order. Class and codes are dropped together with probability 0.1, for
-    guidance, and codes alone with 0.05, so that the class keeps a meaning of its own."""
+    guidance; codes alone with 0.05, so that the class keeps a meaning of its own; and, if there is fusion, the class
+    alone with 0.05, for pictures whose class nobody knows (`sample.py --from`)."""
     number, channels = cache.moments.shape[2], cache.moments.shape[3] // 2
     flip, drop = torch.rand(2, generator=generator).tolist()
     mirrored = int(flip < 0.5)
     moments = torch.from_numpy(cache.moments[mirrored, index].astype(np.float32))             # (N,2C), see TokenCache
     eps = torch.randn(number, channels, generator=generator)
     latents = KLTokenizer.sample(moments, eps, dim=1) * cache.meta["scale"]                   # (N,C), of variance 1
-    label = -1 if drop < 0.1 else int(cache.labels[index])
+    no_class = drop < 0.1 or (0.15 <= drop < 0.2 and config.fusion != "none")
+    label = -1 if no_class else int(cache.labels[index])
     codes = torch.from_numpy(cache.codes[mirrored, index].astype(np.int64))                   # (N,)
     codes = codes.fill_(-1) if drop < 0.15 else codes
 

@@ -4,6 +4,7 @@
     python tests/benchmark_demo.py demo --flags --diffusion-steps 50:5                      the same, sampled otherwise
     python tests/benchmark_demo.py cross --steps 4 8 16   a row of the table: trains seeds 0 and 1, then measures them
     python tests/benchmark_demo.py codes|none|qformer|aligned                                            the other rows
+    python tests/benchmark_demo.py lengths                all kinds after trainings of several lengths: docs/fusion.csv
     python tests/benchmark_demo.py picture                real pictures, their reconstructions, and samples, in one grid
     python tests/benchmark_demo.py ruler                  trains the small network of tests/ruler.pt anew
 
@@ -19,6 +20,7 @@ Real pictures for all of them come from seeds that no training uses. What is mad
 interrupted command goes on from there.
 """
 import argparse
+import csv
 import shutil
 import sys
 from pathlib import Path
@@ -37,7 +39,7 @@ from tokenizers import Shapes, draw_grid, to_float, to_uint8  # noqa: E402
 from train import load_tokenizers, number, read_checkpoint, user_errors, writing  # noqa: E402
 
 RULER = Path(__file__).with_name("ruler.pt")
-SIZE, REFERENCE_SEED, CLASSIFIER_SEED, TEST_SEED = 32, 1001, 1002, 1003
+SIZE, REFERENCE_COUNT, REFERENCE_SEED, CLASSIFIER_SEED, TEST_SEED = 32, 5000, 1001, 1002, 1003
 
 # Rulers --------------------------------------------------------------------------------------------------------------
 
@@ -86,7 +88,7 @@ class Rulers:
         self.classifier = small_network().eval()
         self.classifier.load_state_dict(read_checkpoint(RULER))
         self.inception = fid.load_inception(weights) if weights else None
-        real = real_pictures(5000, REFERENCE_SEED)[0]
+        real = real_pictures(REFERENCE_COUNT, REFERENCE_SEED)[0]
         self.reference = self.small_statistics(real)
         if weights:
             path = folder / "inception.npz"  # minutes to make: kept
@@ -121,18 +123,21 @@ class Rulers:
 
 # Steps of stage 2 that take equally long on a CPU: one of none, cross, qformer, aligned takes 0.86, 1, 1.01, 0.87.
 STEPS = {"none": 930, "cross": 800, "qformer": 790, "aligned": 920}
+WITHOUT_CODES = ["--cfg2", "3", "--temperature2", "1"]  # sampling that suits `none` best
 
 
-def trained(folder, kind, seed):
-    """A finished run with fusion `kind`. Runs of one seed share tokenizers, tokens and stage 1."""
-    base, run, common = folder / f"seed{seed}", folder / f"{kind}-seed{seed}", ["--seed", str(seed)]
+def trained(folder, kind, seed, share=1):
+    """A finished run with fusion `kind`, trained for a share of its STEPS. Runs of one seed share tokenizers, tokens
+    and stage 1."""
+    steps, base, common = round(STEPS[kind] * share), folder / f"seed{seed}", ["--seed", str(seed)]
+    run = folder / (f"{kind}-seed{seed}" + (f"-{steps}" if share < 1 else ""))
     train.main(["--out", str(base), "--stage", "1", *common])
     if not run.exists():
         partial = folder / f"{run.name}.partial"
         shutil.rmtree(partial, ignore_errors=True)
         shutil.copytree(base, partial)
         partial.rename(run)
-    train.main(["--out", str(run), "--stage", "2", "--fusion", kind, "--steps", str(STEPS[kind]), *common])
+    train.main(["--out", str(run), "--stage", "2", "--fusion", kind, "--steps", str(steps), *common])
     return run
 
 
@@ -170,11 +175,23 @@ def with_reconstructions(run, count):
     return {"real": real, "real, VQ": to_uint8(kept[0]).numpy(), "real, KL": to_uint8(kept[1]).numpy()}
 
 
+@torch.no_grad()
+def redrawn(run, count):
+    """{name: uint8 (count,S,S,3)}: fine pictures from the codes of real ones, for their class and for none."""
+    pipeline, (real, labels) = sample.Pipeline.from_run(run, device="cpu"), real_pictures(count, TEST_SEED)
+    codes = pipeline.vq.encode(to_float(torch.from_numpy(real))).flatten(1)                   # (count,N)
+    parts = [slice(start, start + 100) for start in range(0, count, 100)]
+    return {name: np.concatenate([pipeline.batch(given[part], 0, k, codes[part])[1] for k, part in enumerate(parts)])
+            for name, given in {"redrawn": labels, "redrawn, no class": np.full(count, -1)}.items()}
+
+
 def measure_demo(rulers, run, flags):
-    """Real pictures, their reconstructions, and what the run draws with the preset's settings and `flags`."""
+    """Real pictures, their reconstructions, what stage 2 makes of their codes, and what the run draws with the preset's
+    settings and `flags`."""
     coarse, fine, labels = sample_pictures(run, flags)
-    for name, pictures in (with_reconstructions(run, len(labels)) | {"coarse": coarse, "fine": fine}).items():
-        print(f"{name:8}  {summary([rulers.measure(pictures, labels)])}", flush=True)
+    rows = with_reconstructions(run, len(labels)) | redrawn(run, len(labels)) | {"coarse": coarse, "fine": fine}
+    for name, pictures in rows.items():
+        print(f"{name:17}  {summary([rulers.measure(pictures, labels)])}", flush=True)
 
 
 def picture(run):
@@ -201,11 +218,28 @@ def measure_row(rulers, folder, kind, seeds, token_steps, flags):
         print(f"{kind:8} {what:15} {summary(measured)}{took}", flush=True)
 
 
+def lengths(rulers, folder, seed=0):
+    """docs/fusion.csv: for every kind, after an eighth, a quarter, a half and all of its steps (each a training of its
+    own, whose rate decays to zero), the validation loss and the distance of fine pictures at 8 token steps."""
+    path = Path(__file__).parent.parent / "docs" / "fusion.csv"
+    with writing(path) as temporary, open(temporary, "w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["fusion", "share", "steps", "validation loss", "distance"])
+        for kind, whole in STEPS.items():
+            for share in (1 / 8, 1 / 4, 1 / 2, 1):
+                run = trained(folder, kind, seed, share)
+                loss = (run / "stage2.csv").read_text().split()[-1].split(",")[2]
+                _, fine, labels = sample_pictures(run, WITHOUT_CODES if kind == "none" else ())
+                distance = rulers.measure(fine, labels)["Frechet"]
+                rows.writerow([kind, share, round(whole * share), loss, f"{distance:.4f}"])
+    print(f"saved {path}")
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="benchmark_demo.py", usage=argparse.SUPPRESS,
                                      description=__doc__.partition("\n")[0])
     add = parser.add_argument
-    add("what", choices=["ruler", "picture", "demo", "codes", *STEPS])
+    add("what", choices=["ruler", "picture", "lengths", "demo", "codes", *STEPS])
     add("--run", type=Path, default=Path("runs/demo"), help="the run of `demo` and `picture` (default runs/demo)")
     add("--folder", type=Path, default=Path("runs/benchmark"), help="where runs and rulers are kept")
     add("--weights", metavar="FILE", help="Inception weights as for fid.py; adds the distance in its features")
@@ -222,7 +256,9 @@ def main(argv=None):
             rulers = Rulers(args.folder, args.weights)
         except fid.InputError as error:
             parser.error(error)
-        if args.what == "demo":
+        if args.what == "lengths":
+            lengths(rulers, args.folder)
+        elif args.what == "demo":
             measure_demo(rulers, args.run, args.flags)
         else:
             measure_row(rulers, args.folder, args.what, args.seeds, args.steps, args.flags)
