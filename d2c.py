@@ -45,9 +45,9 @@ class DiscreteConfig:
 def rotary_table(grid, head_dim):
     """Angles of the 2-D rotary positions as (cos, sin): (1 + h*w, head_dim/2, 2). A head is head_dim/2 pairs of
     numbers. The first half of the pairs turns with the row of a place, the second half with its column: pair i of a
-    half by the angle n / 10000^(2i / (head_dim/2)), where n is the number of the row or column. The first entry is the
-    class token's and all zero: its key and query vanish, and every code gives it the same attention score, 0. (An
-    oddity of LlamaGen's code that its weights need.)"""
+    half by the angle n / 10000^(2i / (head_dim/2)), where n is the number of the row or column, from 0. The first entry
+    is the class token's and all zero: its key and query vanish, and every code gives it the same attention score, 0.
+    (An oddity of LlamaGen's code that its weights need.)"""
     frequencies = 10000.0 ** (-torch.arange(0, head_dim // 2, 2).float() / (head_dim // 2))   # (head_dim/4,)
     places = torch.cartesian_prod(*(torch.arange(size).float() for size in grid))             # (h*w,2) row, column
     angles = (places[..., None] * frequencies).flatten(1)                                     # (h*w,head_dim/2)
@@ -56,7 +56,7 @@ def rotary_table(grid, head_dim):
 
 def rotate(x, table):
     """Turn the pairs of x (B,heads,T,head_dim) by the angles of `table` (T,head_dim/2,2). Numbers 2i and 2i+1 of a head
-    are a pair, and stay where they are."""
+    are a pair, and stay where they are. The result is a new tensor of x's dtype."""
     a, b = x.unflatten(-1, (-1, 2)).unbind(-1)                                                # (B,heads,T,head_dim/2)
     cos, sin = table.unbind(-1)
     return torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2).to(x.dtype)    # (B,heads,T,head_dim)
@@ -73,7 +73,8 @@ class CausalAttention(nn.Module):
         """x (B,T,D) -> (B,T,D), `table` the angles of its T tokens. Without `cache` all attend causally. With it T = 1:
         x is the token at `position` (1,) in the sequence class, code 0 .. code N-2 (N slots: the last code predicts
         nothing). Its key and value are written into `cache`, (B,heads,N,head_dim) each, and `past` (1,N) is True at
-        slots 0 .. position, the only ones read. (Fixed sizes and a mask: one compiled graph serves all positions.)"""
+        slots 0 .. position, the only ones read. (Fixed sizes and a mask: one compiled graph serves all positions.)
+        Scores are divided by sqrt(head_dim); in training dropout acts on the result of `wo`."""
         qkv = self.wqkv(x).unflatten(2, (3 * self.num_heads, -1)).transpose(1, 2)             # (B,3*heads,T,head_dim)
         qk, v = qkv.split([2 * self.num_heads, self.num_heads], dim=1)
         q, k = rotate(qk, table).chunk(2, dim=1)                                              # (B,heads,T,head_dim)
@@ -110,7 +111,8 @@ class DiscreteBlock(nn.Module):
 def sample_code(logits, temperature, top_k, top_p, generator):
     """Draw one code per row of logits (B,K) -> (B,). First the logits are divided by the temperature; temperature 0
     takes the likeliest code. Then only the top_k likeliest stay (0, or more than K: all of them). Of what is left,
-    renormalised, only the fewest likeliest codes stay whose sum reaches top_p (1: all of them)."""
+    renormalised, only the fewest likeliest codes stay whose sum reaches top_p (1: all of them). Which of equally likely
+    codes stay is free. Rows are drawn independently, all by `generator` (None: torch's own)."""
     if temperature < 1e-4:  # as good as 0, and safe to divide by from here on
         return logits.argmax(-1)
     logits = logits / temperature
@@ -168,7 +170,8 @@ class DiscreteGenerator(nn.Module):
         return self.cls_embedding["embedding_table"](labels.where(labels >= 0, self.config.num_classes))[:, None]
 
     def logits(self, codes, labels):
-        """codes (B,N), labels (B,) -> (B,N,K); [:, i] predicts codes[:, i] and sees the class and the codes before."""
+        """codes (B,N), labels (B,) -> (B,N,K); [:, i] predicts codes[:, i] and sees the class and the codes before. Or
+        the first n < N codes: then n takes the place of N. In training dropout acts on the embedded tokens."""
         x = torch.cat([self.embed_labels(labels), self.tok_embeddings(codes[:, :-1])], 1)     # (B,N,D)
         x = F.dropout(x, self.config.dropout, self.training)
         for layer in self.layers:
@@ -198,10 +201,11 @@ class DiscreteGenerator(nn.Module):
 
     @torch.no_grad()
     def stream(self, labels, cfg_scale=1.0, temperature=1.0, top_k=0, top_p=1.0, generator=None, cfg_interval=-1):
-        """labels (B,) -> codes (B,N), sampled one by one through a cache of keys and values. Yields them after each one,
-        always the same tensor, -1 where nothing is written yet. cfg_scale 1 is no guidance. With cfg_interval = k >= 0
-        only the first k + 2 codes are guided: LlamaGen counts from the second code, and includes k. For temperature,
-        top_k and top_p see sample_code."""
+        """labels (B,) -> codes (B,N), sampled one by one through a cache of keys and values. Yields them after each one
+        (one tensor, that changes: copy what you keep), -1 where nothing is written yet. Guided logits are uncond +
+        cfg_scale * (cond - uncond), each from its own cache; cfg_scale 1 is no guidance. With cfg_interval = k >= 0
+        only the first k + 2 codes are guided, and then cond alone counts: LlamaGen counts from the second code, and
+        includes k. For temperature, top_k and top_p see sample_code."""
         guided, number = cfg_scale != 1, math.prod(self.config.grid)
         codes = torch.full((len(labels), number), -1, device=labels.device)                   # (B,N)
         if guided:
@@ -245,7 +249,8 @@ def count(state, prefix):
 # told the timestep, since it was trained on it. (In training all levels are kept, and the two are the same.)
 
 def diffusion_schedule(steps=1000):
-    """Tables over the `steps` kept of 1000 noise levels, arrays (steps,), float64; index 0 has the least noise.
+    """Tables over the `steps` kept of 1000 noise levels, arrays (steps,), float64 but for the integer timesteps; index
+    0 has the least noise.
 
     beta_s = 1 - f(s + 1) / f(s), at most 0.999, where f(s) = cos^2(pi/2 (s/1000 + 0.008) / 1.008). Kept are the
     timesteps round(i 999 / (steps - 1)). In the chain of these, beta_i = 1 - a_i / a_(i-1) with a_(-1) = 1, and x_(i-1)
@@ -345,7 +350,7 @@ def diffusion_loss(denoiser, x0, t, noise, c):
     """Hybrid loss per row (M,): the squared error of the noise, plus the variational bound in bits, each a mean over
     channels. The bound trains the variance alone: eps enters it without gradient. At t > 0 it is KL(q || p) of two
     Gaussians of x_(t-1): q is the posterior_step with the true noise and fraction -1, p the one with the prediction. At
-    t = 0 it is the negative log-likelihood of x0 under p, `discretised_nll`.
+    t = 0 it is the negative log-likelihood of x0 under p, `discretised_nll`. Rows may have any mixture of t.
 
     x0, noise (M,C); t (M,) in 0..999; denoiser(x, t, c) -> (M,2C) with its condition c (M,*). (L_hybrid of Nichol &
     Dhariwal, eq. 16: their weight of 0.001 on the sum of 1000 terms is a weight of 1 on one of them.)"""
@@ -369,7 +374,8 @@ def discretised_nll(x, mean, log_std):
     return -inside.clamp(min=1e-12).log()
 
 def denoising_step(denoiser, x, c, noise, tables, index, temperature, cfg_scale, clip):
-    """x (M,C) at the noise level of table index `index` -> x (M,C) at the next lower one. noise (M,C); the rest as in
+    """x (M,C) at the noise level of table index `index` -> x (M,C) at the next lower one. noise (M,C), before the
+    temperature; none is added at index 0. The denoiser is told the timestep, not the index. The rest as in
     diffusion_sample. `index` (1,) is a tensor so that one compiled graph serves all steps."""
     guided = len(c) != len(x)
     eps, fraction = denoiser(torch.cat([x, x]) if guided else x, tables["timesteps"][index], c).chunk(2, dim=-1)
@@ -385,10 +391,11 @@ def diffusion_sample(denoiser, c, noise, temperature=1.0, cfg_scale=1.0, steps=1
 
     denoiser(x (M,C), t (1,), c) -> (M,2C), a Denoiser for instance, with its condition c (M,*). noise: an iterable of
     (M,C) draws, first the start, then one per step (the last is drawn and not used, as in MAR). With guidance c is
-    [cond; uncond] of 2M rows, eps = uncond + cfg_scale (cond - uncond), the variance is that of the conditional half,
-    and the steps' draws may have 2M rows, of which the first M count. temperature scales these draws, not the start.
-    clip bounds the estimate of x0, in which the first step multiplies errors of eps by 20,000 (1/sqrt(a_999)): a
-    network of few training steps would throw x far off. step: denoising_step, maybe compiled."""
+    [cond; uncond] of 2M rows (which tells that there is guidance, also where cfg_scale is 1), eps = uncond + cfg_scale
+    (cond - uncond), the variance is that of the conditional half, and the steps' draws may have 2M rows, of which the
+    first M count. temperature scales these draws, not the start. clip bounds the estimate of x0, in which the first
+    step multiplies errors of eps by 20,000 (1/sqrt(a_999)): a network of few training steps would throw x far off.
+    step: denoising_step, maybe compiled."""
     noise = iter(noise)
     x = next(noise)                                                                           # (M,C)
     tables = schedule_tables(steps, x.device, x.dtype)
@@ -504,8 +511,9 @@ class ContinuousGenerator(nn.Module):
             self.code_embedding.weight.copy_(codebook @ spread)                               # (K,D)
 
     def prepare(self, codes):
-        """codes (B,N) -> what fusion needs of them, the same for every token step. A code of -1 becomes `null_code`;
-        then all add their places' rows of the decoder's position table. Raises ValueError if codes are missing."""
+        """codes (B,N) -> what fusion needs of them, the same for every token step; None without fusion. A code of -1
+        becomes `null_code`; then all add their places' rows of the decoder's position table. Raises ValueError if codes
+        are missing (None)."""
         if self.config.fusion == "none":
             return None
         if codes is None:
@@ -517,7 +525,8 @@ class ContinuousGenerator(nn.Module):
     def encode(self, latents, visible, labels):
         """The encoder: latents (B,N,C) at the places `visible` (B,V), and labels (B,), -1 for no class -> (B,S+V,D).
         Its sequence is S buffer slots that all hold the class embedding (or `fake_latent`), then the visible latents
-        through z_proj. All add their rows of the position table and pass z_proj_ln, the blocks, and encoder_norm."""
+        through z_proj, in the order of `visible`. All add their rows of the position table (S + index for a place), and
+        pass z_proj_ln, the blocks, and encoder_norm."""
         buffer, positions = self.config.buffer_size, self.encoder_pos_embed_learned
         label = torch.where(labels[:, None] >= 0, self.class_emb(labels.clamp(min=0)), self.fake_latent)  # (B,D)
         tokens = self.z_proj(pick(latents, visible)) + pick(positions[:, buffer:], visible)   # (B,V,D)
@@ -547,8 +556,8 @@ class ContinuousGenerator(nn.Module):
 
     def forward(self, latents, visible, hidden, labels, codes, t, noise):
         """Training loss, the mean diffusion loss of the hidden places, each at R noise levels, plus guess_weight times
-        the mean squared error of the guess, if any. latents (B,N,C); visible (B,V) and hidden (B,H) places, V + H = N;
-        labels (B,), codes (B,N), -1 where dropped; t (B,H,R) in 0..999; noise (B,H,R,C) standard normal."""
+        the mean squared error of their guess from z, if any. latents (B,N,C); visible (B,V) and hidden (B,H) places, V
+        + H = N; labels (B,), codes (B,N), -1 where dropped; t (B,H,R) in 0..999; noise (B,H,R,C) standard normal."""
         z = pick(self.condition(latents, visible, labels, self.prepare(codes)), hidden).flatten(0, 1)  # (B*H,D)
         x0, net = pick(latents, hidden).flatten(0, 1), self.diffloss["net"]                   # (B*H,C)
         x, c = (rows.repeat_interleave(t.shape[2], 0) for rows in (x0, net.cond_embed(z)))    # (B*H*R,*)
@@ -569,14 +578,14 @@ class ContinuousGenerator(nn.Module):
     def stream(self, labels, codes, orders, draw, num_steps=64, cfg_scale=1.0, temperature=1.0, diffusion_steps=100,
                clip=math.inf):
         """labels (B,), codes (B,N) (None without fusion) -> latents (B,N,C), scaled as in training. Yields them after
-        each token step, always the same tensor, zero where nothing is drawn yet.
+        each token step (one tensor, that changes: copy what you keep), zero where nothing is drawn yet.
 
         orders (B,N): for each picture a permutation of the places, drawn from its end to its beginning, as in MAR.
-        draw(rows, C): standard normal noise, called steps + 1 times in each token step; rows are the places of this
-        step, picture by picture, ascending (places and noise pair as in MAR). Guidance (see token_schedule) gives every
-        batch a second half without class and codes. diffusion_steps: a number, or (first, last), linear over the token
-        steps: the more is known, the less is left to chance (DiSA, arXiv 2505.20297). temperature, clip: see
-        diffusion_sample."""
+        draw(rows, C): standard normal noise, called steps + 1 times in each token step; rows are the B pictures' places
+        of this step, picture by picture, ascending (places and noise pair as in MAR). Guidance (see token_schedule)
+        gives every batch a second half without class and codes. diffusion_steps: a number, or (first, last), linear
+        over the token steps, rounded: the more is known, the less is left to chance (DiSA, arXiv 2505.20297).
+        temperature, clip: see diffusion_sample."""
         (batch, number), channels, device = orders.shape, self.config.channels, labels.device
         schedule = token_schedule(number, num_steps, cfg_scale)
         guidance = torch.tensor([scale for _, scale in schedule], device=device)  # one graph serves all scales

@@ -51,7 +51,7 @@ from scipy.special import rel_entr
 # The metrics: from features to numbers -------------------------------------------------------------------------------
 
 def statistics(x):
-    """Features (N,D) tensor -> mean (D,) and covariance (D,D), which divides by N - 1; float64 arrays."""
+    """Features (N,D) tensor -> mean (D,) and covariance (D,D), which divides by N - 1; sums and arrays in float64."""
     mu = x.mean(dim=0, dtype=torch.float64)
     centred = (rows.double() - mu for rows in x.split(1000))  # in blocks: a float64 copy of all would be large
     sigma = sum(rows.T @ rows for rows in centred) / (len(x) - 1)  # (D,D)

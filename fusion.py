@@ -54,7 +54,7 @@ class CrossAttentionFusion(nn.Module):
         zero(*(layer for block in self.blocks for layer in (block.cross.proj, block.mlp.fc2)))
 
     def prepare(self, discrete):
-        """discrete (B,N,D) -> context: for each block the keys and values of the normalised codes."""
+        """discrete (B,N,D) -> context: a list, for each block its own keys and values of the normalised codes."""
         discrete = self.norm_discrete(discrete)
         return [block.cross.keys_values(discrete) for block in self.blocks]
 
@@ -76,7 +76,8 @@ class QFormerFusion(nn.Module):
         zero(self.out)
 
     def prepare(self, discrete):
-        """discrete (B,N,D) -> context: the finished queries (B,S+N,D), normalised and projected."""
+        """discrete (B,N,D) -> context: the queries (B,S+N,D) after all blocks, each of which sees the normalised codes,
+        and then through `norm` and `out`."""
         discrete = self.norm_discrete(discrete)
         queries = self.queries  # (1,S+N,D): all pictures share the first self-attention, before any code is seen
         for block in self.blocks:
@@ -129,7 +130,8 @@ class SelfAttention(nn.Module):
 
 class CrossAttention(nn.Module):
     """A sequence attends to the codes: softmax(q k^T / sqrt(D/heads)) v, with q a linear map of the sequence, k and v
-    linear maps of the codes, and heads that are consecutive parts of the width."""
+    linear maps of the codes, and heads that are consecutive parts of the width. Joined again they pass `proj`. In
+    training, dropout acts on the attention weights and on the result."""
     def __init__(self, width, heads, dropout=0.0):
         super().__init__()
         self.heads, self.dropout = heads, dropout

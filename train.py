@@ -61,18 +61,21 @@ def read_picture(images, latent_shape, index, generator, chance):
     return picture, torch.randn(latent_shape, generator=generator)
 
 def read_codes(cache, index, generator, chance):
-    """Stage 1: codes (N,), mirrored with probability 1/2, and label; the class is dropped (-1) with probability 0.1."""
+    """Stage 1: codes (N,) int64 of one picture, with probability 1/2 of its mirror image, and its label, an int, which
+    is dropped (-1) with probability 0.1, independently."""
     flip, drop = torch.rand(2, generator=generator).tolist()
     codes = torch.from_numpy(cache.codes[int(flip < 0.5), index].astype(np.int64))            # (N,)
     return codes, -1 if drop < 0.1 else int(cache.labels[index])
 
 def read_latents(cache, config, index, generator, chance):
-    """Stage 2: one picture's arguments of ContinuousGenerator.forward, for the `config` of that model.
+    """Stage 2: one picture's arguments of ContinuousGenerator.forward, for the `config` of that model: latents, a new
+    sample times the cache's scale; visible and hidden places; label, codes, t (uniform) and noise.
 
-    The picture is mirrored with probability 1/2. `chance` decides how many places are hidden, the same for the whole
-    batch; which ones is the picture's own random order. Class and codes are dropped together with probability 0.1, for
-    guidance; codes alone with 0.05, so that the class keeps a meaning of its own; and, if there is fusion, the class
-    alone with 0.05, for pictures whose class nobody knows (`sample.py --from`)."""
+    The picture is mirrored with probability 1/2. `chance` decides how many places are hidden (count_hidden), the same
+    for the whole batch; which ones is the picture's own random order. Independently of that, class and codes are
+    dropped together with probability 0.1, for guidance; codes alone with 0.05, so that the class keeps a meaning of its
+    own; and, if there is fusion, the class alone with 0.05, for pictures whose class nobody knows (`sample.py --from`).
+    Without fusion codes are read all the same."""
     number, channels = cache.moments.shape[2], cache.moments.shape[3] // 2
     flip, drop = torch.rand(2, generator=generator).tolist()
     mirrored = int(flip < 0.5)
@@ -143,7 +146,8 @@ def learning_rate(step, steps, peak, warmup, decay):
     return peak if decay == "constant" else peak * 0.5 * (1 + math.cos(math.pi * share))
 
 def ema_decay(step, longest):
-    """Decay of the moving average of weights: a young average forgets its random start quickly."""
+    """Decay of the moving average of weights: (1 + step) / (10 + step), at most `longest`. A young average forgets its
+    random start quickly."""
     return min(longest, (1 + step) / (10 + step))
 
 class Muon(torch.optim.Optimizer):
@@ -390,8 +394,10 @@ class Tokenizers(nn.Module):
 
     @torch.no_grad()
     def revive_codes(self, codes, z, generator):
-        """Move codes that no place chose for PATIENCE steps onto encoder outputs, drawn at random. codes (n,) and z
-        (n,code_dim): `seen` of all processes. (After the optimizer's step, which would move them again.)"""
+        """Move codes that no place chose for PATIENCE steps (`unused` counts them, this step included) onto encoder
+        outputs drawn at random by `generator`, each onto another one; if there are fewer outputs, the rest wait. A code
+        that moved counts from 0. `seen` is emptied. codes (n,) and z (n,code_dim): `seen` of all processes. (After the
+        optimizer's step, which would move them again.)"""
         self.seen = []
         self.unused += 1
         self.unused[codes] = 0

@@ -410,7 +410,9 @@ FINER = 3  # drawn so many times larger, then reduced: Pillow's lines have no sm
 def ticks(low, high, log):
     """About four round numbers between low and high; on a logarithmic axis 1, 2, 5, 10, ..."""
     if log:
-        return [m * 10**e for e in range(-4, 5) for m in (1, 2, 5) if low * 0.999 <= m * 10**e <= high * 1.001]
+        marks = [(m, m * 10**e) for e in range(-4, 5) for m in (1, 1.5, 2, 3, 5, 7) if low <= m * 10**e <= high]
+        round_ones = [value for m, value in marks if m in (1, 2, 5)]
+        return round_ones if len(round_ones) > 2 else [value for _, value in marks]
     step = 10.0**math.floor(math.log10((high - low) / 2))
     step *= next(m for m in (1, 2, 5, 10) if (high - low) / (step * m) <= 5)
     return [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
