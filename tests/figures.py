@@ -1,6 +1,6 @@
 """The figures of docs/tutorial.md, made from the run in runs/demo.
 
-    python tests/figures.py                         all of them, into runs/demo/figures (about four minutes on two cores)
+    python tests/figures.py                         all of them, into runs/demo/figures (three minutes on two cores)
     python tests/figures.py codes masked            some of them
     python tests/figures.py --out docs/figures      where the tutorial looks for them
     python tests/figures.py curves --run RUN        the losses of any run from its .csv files, also while it trains
@@ -30,10 +30,11 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 import fid  # noqa: E402
 import train  # noqa: E402
 from benchmark_demo import REFERENCE_SEED, TEST_SEED, Rulers, real_pictures  # noqa: E402
-from d2c import denoising_step, diffusion_sample, diffusion_schedule, pick, schedule_tables, token_schedule  # noqa: E402
+from d2c import (denoising_step, diffusion_sample, diffusion_schedule, pick, schedule_tables,  # noqa: E402
+                 token_schedule)
 from fusion import split_heads  # noqa: E402
 from sample import Pipeline, main as sample_main  # noqa: E402
-from tokenizers import InputError, Shapes, draw_grid, reading, to_float, to_map, to_tokens, to_uint8  # noqa: E402
+from tokenizers import InputError, Shapes, draw_grid, reading, to_float, to_map, to_tokens  # noqa: E402
 from train import read_checkpoint, user_errors, writing  # noqa: E402
 
 COUNT = 500  # pictures behind each measured point
@@ -108,15 +109,24 @@ def tokenizers(pipeline, run, out):
     lost = [np.uint8(np.clip(127.5 + pictures.astype(float) - one, 0, 255)) for one in kept]
     bits = code_bits(vq, codes[0].numel()), latent_bits(kl, real_pictures(COUNT, TEST_SEED)[0])
     print(f"a picture: {24 * size**2} bits; its codes: {bits[0]:.0f} bits; its latents: {bits[1]:.0f} bits")
-    rows = {"original": pictures, "codes": cells(code_colours(vq)[codes.numpy()], size), "VQ decoder": kept[0],
-            "VQ lost": lost[0], "KL decoder": kept[1], "KL lost": lost[1]}
+    rows = {"original": pictures, "VQ decoder": kept[0], "VQ lost": lost[0], "KL decoder": kept[1], "KL lost": lost[1]}
+    rows = {name: cells(row, 96) for name, row in rows.items()}
+    rows = {"original": rows.pop("original"), "codes": numbered(codes), **rows}
     return draw_grid(np.stack([*rows.values()]), [Shapes.classes[label] for label in CHOSEN], [*rows])
 
 
-def code_colours(vq):
-    """uint8 (K,3): the mean colour of what the VQ decoder makes of a picture in which all places have this code."""
-    everywhere = torch.arange(vq.config.codebook_size)[:, None, None].expand(-1, 4, 4)        # (K,4,4)
-    return to_uint8(vq.decode(everywhere).mean((2, 3), keepdim=True)).numpy()[:, 0, 0]
+def numbered(codes, size=96):
+    """codes (B,h,w) -> uint8 (B,size,size,3): the grid with each code's number in its place."""
+    sheets, side = [], size // codes.shape[1]
+    for picture in codes.tolist():
+        sheet = Image.new("RGB", (size, size), "white")
+        pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(side / 2.2)
+        for row, line in enumerate(picture):
+            for column, code in enumerate(line):
+                pen.rectangle((column * side, row * side, (column + 1) * side, (row + 1) * side), outline="#bbbbbb")
+                pen.text(((column + .5) * side, (row + .5) * side), str(code), "black", font, anchor="mm")
+        sheets.append(np.asarray(sheet))
+    return np.stack(sheets)
 
 
 def code_bits(vq, places):
@@ -319,7 +329,8 @@ def knobs(pipeline, run, out):
     guidance, temperature = [0, 1, 1.5, 3, 6], [0, 0.7, 1, 1.3]
     drawn = [[fine_pictures(pipeline, draw_latents(pipeline, labels, codes, cfg_scale=g, temperature=t)[-1])[0]
               for g in guidance] for t in temperature]
-    grid = draw_grid(np.array(drawn), [f"guidance {g:g}" for g in guidance], [f"temperature {t:g}" for t in temperature])
+    grid = draw_grid(np.array(drawn), [f"guidance {g:g}" for g in guidance],
+                     [f"temperature {t:g}" for t in temperature])
 
     rulers, places, classes = Rulers(out), math.prod(pipeline.grid), [i % 10 for i in range(COUNT)]
     print(f"distance of {COUNT} fine pictures:")
@@ -391,7 +402,7 @@ def curves(run, out):
             series = {"training": (steps, losses[0]), "validation (EMA)": (steps, losses[1])}
             plots.append(plot(series, f"training steps of {path.stem}", "loss", width=330))
     if not plots:
-        raise InputError(f"{run}: no stage0.csv, stage1.csv or stage2.csv there yet; train.py writes them when it saves")
+        raise InputError(f"{run}: no stage0.csv, stage1.csv or stage2.csv there; train.py writes them when it saves")
     return beside(plots)
 
 
