@@ -352,7 +352,7 @@ def diffusion_loss(denoiser, x0, t, noise, c):
     Gaussians of x_(t-1): q is the posterior_step with the true noise and fraction -1, p the one with the prediction. At
     t = 0 it is the negative log-likelihood of x0 under p, `discretised_nll`. Rows may have any mixture of t.
 
-    x0, noise (M,C); t (M,) in 0..999; denoiser(x, t, c) -> (M,2C) with its condition c (M,*). (L_hybrid of Nichol &
+    x0, noise (M,C); t (M,) in 0..999; denoiser(x_t, t, c) -> (M,2C) with its condition c (M,*). (L_hybrid of Nichol &
     Dhariwal, eq. 16: their weight of 0.001 on the sum of 1000 terms is a weight of 1 on one of them.)"""
     tables, index = schedule_tables(1000, x0.device, x0.dtype), t[:, None]                    # (M,1)
     x = tables["signal"][index] * x0 + tables["noise"][index] * noise                         # (M,C)
@@ -511,9 +511,9 @@ class ContinuousGenerator(nn.Module):
             self.code_embedding.weight.copy_(codebook @ spread)                               # (K,D)
 
     def prepare(self, codes):
-        """codes (B,N) -> what fusion needs of them, the same for every token step; None without fusion. A code of -1
-        becomes `null_code`; then all add their places' rows of the decoder's position table. Raises ValueError if codes
-        are missing (None)."""
+        """codes (B,N) -> what fusion needs of them, the same for every token step: self.fusion.prepare of the embedded
+        codes. A code of -1 becomes `null_code`; then all add their places' rows of the decoder's position table. None
+        without fusion, whatever the codes; with it, ValueError if codes are None."""
         if self.config.fusion == "none":
             return None
         if codes is None:

@@ -97,7 +97,8 @@ class AlignedFusion(nn.Module):
         zero(self.out)
 
     def prepare(self, discrete):
-        """discrete (B,N,D) -> context: the normalised and mapped codes (B,S+N,D), zero at the S buffer slots."""
+        """discrete (B,N,D) -> context: the normalised and mapped codes (B,S+N,D), zero at the S = length - N buffer
+        slots."""
         return F.pad(self.out(self.norm_discrete(discrete)), (0, 0, self.length - discrete.shape[1], 0))  # S in front
 
     def forward(self, sequence, context):

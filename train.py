@@ -394,10 +394,10 @@ class Tokenizers(nn.Module):
 
     @torch.no_grad()
     def revive_codes(self, codes, z, generator):
-        """Move codes that no place chose for PATIENCE steps (`unused` counts them, this step included) onto encoder
-        outputs drawn at random by `generator`, each onto another one; if there are fewer outputs, the rest wait. A code
-        that moved counts from 0. `seen` is emptied. codes (n,) and z (n,code_dim): `seen` of all processes. (After the
-        optimizer's step, which would move them again.)"""
+        """Move codes that no place chose for PATIENCE steps, this one included (`unused` counts steps, per code), onto
+        encoder outputs drawn at random by `generator`, each onto another one; if there are fewer outputs, some wait. A
+        code that moved counts from 0. `seen` is emptied. codes (n,) and z (n,code_dim): `seen` of all processes.
+        (After the optimizer's step, which would move them again.)"""
         self.seen = []
         self.unused += 1
         self.unused[codes] = 0

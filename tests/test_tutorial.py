@@ -10,7 +10,7 @@ from PIL import Image
 import benchmark_demo
 import d2c
 import figures
-import fid
+import handins
 import sample
 import tokenizers
 import train
@@ -26,7 +26,8 @@ def small(tmp_path, monkeypatch):
     monkeypatch.setattr(figures, "COUNT", 10)
     tiny = d2c.PRESETS["tiny"]
     patches = {name: dict(tiny[name], patch=8) for name in ("vq", "kl")}  # 4 x 4 places, as in the demo
-    monkeypatch.setitem(d2c.PRESETS, "demo", dict(tiny, size=32, **patches))
+    stage2 = dict(tiny["stage2"], guess_weight=1.0)
+    monkeypatch.setitem(d2c.PRESETS, "demo", dict(tiny, size=32, stage2=stage2, **patches))
     monkeypatch.setattr(tokenizers.Shapes.__init__, "__defaults__", (120, 0))
     monkeypatch.setattr(benchmark_demo, "REFERENCE_COUNT", 200)
     monkeypatch.chdir(tmp_path)
@@ -82,6 +83,16 @@ def test_commands_of_the_page(small):
         if not (script.startswith("tests") and flags.strip() in ("", "knobs", "lengths")):
             scripts[script].main(flags.split())
     assert all((small / name).exists() for name in ("photo.png", "photos.png", "loud.png", "once.png", "none.png"))
+
+
+def test_the_plots_of_the_courses_hand_ins(small, monkeypatch, capsys):
+    monkeypatch.setattr(handins, "COUNT", 10)
+    monkeypatch.setattr(handins.one, "__defaults__", (20,))
+    handins.main([])
+    for number in range(1, 11):
+        with Image.open(small / "runs" / "demo" / "handins" / f"{number}.png") as image:
+            assert np.asarray(image).std() > 10, number
+    assert capsys.readouterr().out.count("\nsaved ") == 10
 
 
 def test_the_page_is_short_and_quotes_the_code():
