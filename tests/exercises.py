@@ -46,11 +46,12 @@ from scipy.special import rel_entr  # noqa: F401
 
 TESTS = Path(__file__).resolve().parent
 ROOT, CHECKS, AUDIT = TESTS.parent, TESTS / "checks", TESTS / "audit"
+SHARED = {name: (TESTS / f"{name}.py").read_text() for name in ("adapters", "formula")}  # the checks use them
 FILES = ["tokenizers.py", "fusion.py", "d2c.py", "train.py", "fid.py"]  # those that hold exercises
 LEFT_OUT = {  # of a student's copy
     ".git", ".venv", "runs", "__pycache__", ".pytest_cache", "audit", "answers.md", ".ci"}
 SECONDS, SECONDS_AFTER_A_HANG, DEADLINE = 6, 2, 150  # of a check; of the others of its exercise then; of all
-MEMORY = 3 * 2**30  # bytes for a check
+MEMORY = 2 * 2**30  # bytes for a check
 
 
 @dataclass
@@ -326,8 +327,7 @@ def checks_of(exercise):
 def compiled(trees):
     """{module name: code object} of the graded files, and of the grader's adapters."""
     codes = {name[:-3]: compile(tree, name, "exec") for name, tree in trees.items()}
-    return codes | {name: compile((TESTS / f"{name}.py").read_text(), f"{name}.py", "exec")
-                    for name in ("adapters", "formula")}
+    return codes | {name: compile(source, f"{name}.py", "exec") for name, source in SHARED.items()}
 
 
 def jobs_of(exercise, student, reference):
@@ -440,8 +440,9 @@ def replacements(folder):
     return found
 
 
-def applied(replacement, reference):
-    """(exercise, codes) of the reference with the replacement; (None, None), and its `problem`, if it does not fit."""
+def applied(replacement, reference, codes):
+    """(exercise, codes) of the reference, whose code objects are `codes`, with the replacement; (None, None), and its
+    `problem`, if it does not fit."""
     facts = replacement.facts
     exercise = next((each for each in EXERCISES if each.name == {"kl": "vq"}.get(facts.get("exercise"),
                                                                                facts.get("exercise"))), None)
@@ -463,16 +464,16 @@ def applied(replacement, reference):
     for helper in defs:
         if helper is not new:
             put(tree, helper.name, helper)
-    trees = {name: ast.parse(source) for name, source in reference.items()} | {facts["file"]: tree}
-    return exercise, compiled({name: ast.fix_missing_locations(tree) for name, tree in trees.items()})
+    return exercise, codes | {facts["file"][:-3]: compile(ast.fix_missing_locations(tree), facts["file"], "exec")}
 
 
 def audit(folders, verbose=False):
     """Try every replacement against the checks of its exercise, and print those that the grader judges wrongly (all,
     with the hint that a student would read, if `verbose`)."""
     reference, counts = sources(ROOT), dict(caught=0, mutant=0, accepted=0, right=0, hung=0)
+    right_codes = compiled({name: ast.parse(source) for name, source in reference.items()})
     for replacement in [replacement for folder in folders for replacement in replacements(folder)]:
-        facts, (exercise, codes) = replacement.facts, applied(replacement, reference)
+        facts, (exercise, codes) = replacement.facts, applied(replacement, reference, right_codes)
         if exercise is None:
             print(f"does not apply: {replacement.name}: {replacement.problem}", flush=True)
             continue

@@ -99,7 +99,7 @@ FIRST_LINE = "    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)"  # of rotate, exer
 
 @pytest.mark.parametrize("line, hint", [
     ("while True: pass", "does a loop never end"),
-    ("[torch.ones(2**26) for _ in range(1000)].sort()", "memory"),
+    ("kept = []\n    while True: kept.append(torch.empty(2**26))", "memory"),
     ("import sys; sys.exit(0)", "sys.exit"),
     ("import os; os._exit(0)", "ended the process"),
     ("print('x' * 10**7); raise KeyError('y')", "KeyError"),
@@ -108,8 +108,6 @@ FIRST_LINE = "    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)"  # of rotate, exer
     ("raise NotImplementedError", "not implemented")])
 def test_what_a_student_writes_costs_its_own_checks(copy, tmp_path, line, hint):
     """The checks of rotate, and not the one of rotary_table; and the report is written."""
-    if "ones" in line:
-        line = "kept = []\n    while True: kept.append(torch.ones(2**26))"
     folder = changed(copy, tmp_path, "d2c.py", FIRST_LINE, f"    {line}\n{FIRST_LINE}")
     tests = graded(folder, 2)
     failed = [test for test in tests.values() if test["status"] == "failed"]
@@ -124,6 +122,17 @@ def test_missing_files_and_syntax_errors(copy, tmp_path):
     tests = graded(folder, 2, 5, 10)
     assert points(tests, 5) == 11 and points(tests, 10) == 0 and 0 < points(tests, 2) < 5
     assert any("not there" in test["output"] for test in tests.values())
+
+
+def test_deleting_the_grader_changes_no_points(copy, tmp_path):
+    """All that the grader needs is read before the first line of a student runs."""
+    repository, report = tmp_path / "repository", tmp_path / "results.json"
+    shutil.copytree(ROOT, repository, ignore=shutil.ignore_patterns(".git", "runs", "docs", "audit"))
+    folder = changed(copy, tmp_path, "d2c.py", FIRST_LINE,
+                     f"    import shutil; shutil.rmtree({str(repository)!r}, ignore_errors=True)\n{FIRST_LINE}")
+    subprocess.run([sys.executable, repository / "tests" / "exercises.py", "grade", folder, "--exercise", "2", "3", "10",
+                    "--json", report], check=True, cwd=tmp_path)
+    assert json.loads(report.read_text())["score"] == 21 and not (repository / "tests").exists()
 
 
 def test_a_missing_function_costs_itself(copy, tmp_path):
@@ -174,4 +183,4 @@ def test_the_planted_mistakes_are_many():
         assert sum(r.facts["function"] == name and r.facts["kind"] == "right" for r in found) >= 3, name
     assert kinds.count("mutant") >= 150
     reference = exercises.sources(ROOT)
-    assert [r.name for r in found if exercises.applied(r, reference)[0] is None] == []
+    assert [r.name for r in found if exercises.applied(r, reference, {})[0] is None] == []

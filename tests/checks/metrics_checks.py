@@ -1,12 +1,11 @@
 """Exercise 10: statistics, the Frechet distance, precision and recall, the Inception Score."""
-import json
 import math
 
 import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from checking import GOLDENS, golden, normal, same, true
+from checking import FACTS, golden, normal, same, true
 
 FLOAT32 = "is exact only to the digits of float32: compute in float64"
 
@@ -95,7 +94,7 @@ def rotation(size, seed):
 def distance_of_the_original(s):
     """The distance equals pytorch-fid's for 500 rows in 64 dimensions"""
     arrays = {name: array.numpy() for name, array in golden("metrics_features").items()}
-    facts = json.loads((GOLDENS / "metrics_features.json").read_text())["frechet"]["a_vs_b (500 rows)"]
+    facts = FACTS["metrics_features"]["frechet"]["a_vs_b (500 rows)"]
     gaussians = [arrays[name] for name in ("mu_a_f64", "sigma_a_f64", "mu_b_f64", "sigma_b_f64")]
     mu1, sigma1, mu2, sigma2 = gaussians
     trace = (np.square(mu1 - mu2).sum() + np.trace(sigma1) + np.trace(sigma2) - facts["eigh_reference"]) / 2
@@ -223,7 +222,7 @@ def unequal_counts(s):
     for n, m, k in ((40, 23, 1), (23, 40, 5), (31, 34, 3)):
         same_shares(s, points(n, 1, 5), points(m, 2, 8), f"{n} real, {m} samples, k {k}", k)
         same_shares(s, points(n, 3, 9), points(m, 4, 3), f"{n} real, {m} samples, k {k}", k)
-    facts = json.loads((GOLDENS / "metrics_features.json").read_text())["precision_recall_adm (k=3)"]
+    facts = FACTS["metrics_features"]["precision_recall_adm (k=3)"]
     facts, arrays = facts["by_distance_arithmetic"]["float64"], golden("metrics_features")
     found = s.fid.precision_recall(arrays["a"], arrays["b"])
     same(number(*found), number(facts["precision"], facts["recall"]), "500 rows of 64 numbers", ("number",), 0.003, 0)
