@@ -51,6 +51,7 @@ def half(finished, data, tmp_path, monkeypatch):
 
 
 def tiny(*arguments, **more):
+    more.setdefault("preexec_fn", lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL))  # the tests may run by nohup
     return subprocess.Popen([sys.executable, TINY, *map(str, arguments)], stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE, text=True, **more)
 
@@ -119,8 +120,10 @@ def test_ctrl_c_during_the_imports(script):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_in_sampling_says_so(finished, tmp_path, number, monkeypatch, capsys):
     monkeypatch.setattr(sample.Pipeline, "batch", lambda *a: os.kill(os.getpid(), number))
+    before = signal.signal(number, signal.SIG_DFL)  # the tests may run by nohup
     with pytest.raises(SystemExit) as stop:
         sample.main(["--run", str(finished), "--out", str(tmp_path / "a.npz")])
+    signal.signal(number, before)
     assert stop.value.code == 128 + number and "goes on where it can" in capsys.readouterr().err
 
 
