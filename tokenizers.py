@@ -77,8 +77,7 @@ class VQTokenizer(nn.Module):
         return F.normalize(z.to(self.quant_conv.weight.dtype), dim=1)  # autocast made z bf16: normalise in float32
 
     def nearest(self, z):
-        """Unit vectors z (B,code_dim,h,w) -> codes (B,h,w) int64: the nearest rows, on the sphere those of largest
-        cosine. Within `full_float32`."""
+        """Unit vectors z (B,code_dim,h,w) -> codes (B,h,w) int64: nearest rows (largest cosine), in full_float32."""
         with full_float32(z.device):
             return torch.einsum("bchw,kc->bhwk", z, self.codebook()).argmax(-1)        # (B,h,w,K) -> (B,h,w)
 

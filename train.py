@@ -82,8 +82,7 @@ def read_latents(cache, config, index, generator, chance):
     moments = torch.from_numpy(cache.moments[mirrored, index].astype(np.float32))             # (N,2C), see TokenCache
     eps = torch.randn(number, channels, generator=generator)
     latents = KLTokenizer.sample(moments, eps, dim=1) * cache.meta["scale"]                   # (N,C), of variance 1
-    no_class = drop < 0.1 or (0.15 <= drop < 0.2 and config.fusion != "none")
-    label = -1 if no_class else int(cache.labels[index])
+    label = -1 if drop < 0.1 or (0.15 <= drop < 0.2 and config.fusion != "none") else int(cache.labels[index])
     codes = torch.from_numpy(cache.codes[mirrored, index].astype(np.int64))                   # (N,)
     codes = codes.fill_(-1) if drop < 0.15 else codes
 

@@ -40,9 +40,10 @@ import torch.optim.swa_utils
 import torch.utils.data
 import torch.utils.mkldnn  # noqa: F401  (what the graded files import is loaded once, here)
 import torch._dynamo  # noqa: F401  (torch.compiler.disable needs it)
-from PIL import Image, ImageDraw, ImageFont, ImageOps  # noqa: F401
-from scipy.linalg import lapack  # noqa: F401
-from scipy.special import rel_entr  # noqa: F401
+import PIL.ImageDraw  # noqa: F401
+import PIL.ImageOps  # noqa: F401
+import scipy.linalg.lapack  # noqa: F401
+import scipy.special  # noqa: F401
 
 TESTS = Path(__file__).resolve().parent
 ROOT, CHECKS, AUDIT = TESTS.parent, TESTS / "checks", TESTS / "audit"
@@ -240,9 +241,11 @@ def child(job, write, home):
     except BaseException as error:
         hint = explain(error)
     finally:
-        if os.getpid() == process:  # and not one that the student's code has forked
-            os.write(write, json.dumps(hint[:2000]).encode() + b"\n")
-        os._exit(0)
+        try:
+            if os.getpid() == process:  # and not one that the student's code has forked
+                os.write(write, json.dumps(hint[:2000]).encode() + b"\n")
+        finally:  # even if the pipe is closed: a child that returned would go on as a second grader
+            os._exit(0)
 
 
 def address_space():
@@ -267,8 +270,18 @@ def explain(error):
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}{place}"
 
 
+def heard(said):
+    """The hint that came through a pipe, into which the student's code may have written, too."""
+    try:
+        hint = json.loads(said) if said else "ended the process"
+    except ValueError:
+        hint = None
+    return hint if isinstance(hint, str) else "wrote nonsense to the grader's files"
+
+
 def run(jobs, deadline=None, first_failure_ends=False):
-    """Run jobs, a few at once, each within its limits. Once one has hung, the others of the list get less time."""
+    """Run jobs, a few at once, each within its limits. Once one has hung, the others of the list get less time. Returns
+    the jobs."""
     waiting, running, at_once = list(jobs), [], max(1, min(4, os.cpu_count() or 1))
     home = tempfile.mkdtemp()
     sys.stdout.flush()
@@ -304,7 +317,7 @@ def run(jobs, deadline=None, first_failure_ends=False):
                     job.said += os.read(job.pipe, 2**16)
                 os.close(job.pipe)
                 running.remove(job)
-                job.hint = json.loads(job.said) if job.said else "ended the process"
+                job.hint = heard(job.said)
                 if job.hung:
                     job.hint = f"took more than {job.limit} seconds, well under one is enough: does a loop never end?"
     shutil.rmtree(home, ignore_errors=True)
@@ -330,56 +343,50 @@ def compiled(trees):
     return codes | {name: compile(source, f"{name}.py", "exec") for name, source in SHARED.items()}
 
 
-def jobs_of(exercise, student, reference):
-    codes = compiled(assemble(student, reference, exercise))
-    return [Job(check, codes) for _, check in checks_of(exercise)]
-
-
 def title(check):
     """The first sentence of a check's docstring."""
     return " ".join(inspect.getdoc(check).split("\n\n")[0].split()).rstrip(".")
+
+
+def entries(exercise):
+    """What results.json says of each check of an exercise before it has run. The checks share its points by weight."""
+    checks = checks_of(exercise)
+    whole = sum(weight for weight, _ in checks)
+    return [dict(name=f"{exercise.title}: {title(check)}", number=f"{exercise.number}.{i}", score=0.0,
+                 max_score=exercise.points * weight / whole, output=Job.hint, status="failed", visibility="visible")
+            for i, (weight, check) in enumerate(checks, 1)]
 
 
 def grade(folder, numbers=(), save=None):
     """Print points and hints, and write Gradescope's results.json to `save`, anew after each exercise."""
     student, reference, began = sources(folder), sources(ROOT), time.time()
     chosen = [exercise for exercise in EXERCISES if not numbers or exercise.number in numbers]
-    results = {(exercise.number, i): [0.0, "was not run: the time was used up"]
-               for exercise in chosen for i in range(len(checks_of(exercise)))}
-    points = {}
+    tests, points = {exercise.number: entries(exercise) for exercise in chosen}, {}
     for exercise in chosen:
-        checks = checks_of(exercise)
-        jobs = run(jobs_of(exercise, student, reference), began + DEADLINE)
-        share = exercise.points / sum(weight for weight, _ in checks)
-        points[exercise.number] = sum(weight * share for (weight, _), job in zip(checks, jobs) if not job.hint)
-        got = points[exercise.number]
+        codes = compiled(assemble(student, reference, exercise))
+        jobs = run([Job(check, codes) for _, check in checks_of(exercise)], began + DEADLINE)
+        for test, job in zip(tests[exercise.number], jobs):
+            test["output"] = job.hint or "passed"
+            if not job.hint:
+                test.update(score=test["max_score"], status="passed")
+        points[exercise.number] = got = sum(test["score"] for test in tests[exercise.number])
         print(f"\n{exercise.number:2}  {exercise.title}: {got:.4g} of {exercise.points}", flush=True)
-        for i, ((weight, check), job) in enumerate(zip(checks, jobs)):
-            results[exercise.number, i] = [0.0 if job.hint else weight * share, job.hint]
-            print(f"    {'FAILED' if job.hint else 'passed'}  {title(check)}")
+        for job in jobs:
+            print(f"    {'FAILED' if job.hint else 'passed'}  {title(job.check)}")
             if job.hint:
                 print(f"            {job.hint}")
         if save:
-            write_results(save, chosen, results, time.time() - began)
+            write_results(save, [test for each in chosen for test in tests[each.number]], time.time() - began)
     total, most = sum(points[e.number] for e in chosen if not e.bonus), sum(e.points for e in chosen if not e.bonus)
     extra = "".join(f", bonus {points[e.number]:.4g} of {e.points}" for e in chosen if e.bonus)
     print(f"\ntotal: {total:.4g} of {most}{extra}   ({time.time() - began:.0f} s)")
 
 
-def write_results(path, chosen, results, seconds):
+def write_results(path, tests, seconds):
     """Gradescope's results.json, whole at every moment."""
-    tests = []
-    for exercise in chosen:
-        checks = checks_of(exercise)
-        share = exercise.points / sum(weight for weight, _ in checks)
-        for i, (weight, check) in enumerate(checks):
-            score, hint = results[exercise.number, i]
-            tests.append(dict(name=f"{exercise.title}: {title(check)}", number=f"{exercise.number}.{i + 1}",
-                              score=round(score, 4), max_score=round(weight * share, 4), output=hint or "passed",
-                              status="failed" if hint else "passed", visibility="visible"))
-    report = dict(score=round(sum(test["score"] for test in tests), 2), execution_time=round(seconds),
+    report = dict(score=round(sum(test["score"] for test in tests), 2), execution_time=round(seconds), tests=tests,
                   output="The checks are those of tests/checks; there are no others.", visibility="visible",
-                  stdout_visibility="visible", tests=tests)
+                  stdout_visibility="visible")
     temporary = Path(f"{path}.tmp")
     temporary.write_text(json.dumps(report, indent=1))
     os.replace(temporary, path)
@@ -426,7 +433,6 @@ class Replacement:
     facts: dict
     source: str
     problem: str = ""       # why it does not apply
-    hint: str = ""          # of the first check that failed
 
 
 def replacements(folder):
@@ -444,8 +450,8 @@ def applied(replacement, reference, codes):
     """(exercise, codes) of the reference, whose code objects are `codes`, with the replacement; (None, None), and its
     `problem`, if it does not fit."""
     facts = replacement.facts
-    exercise = next((each for each in EXERCISES if each.name == {"kl": "vq"}.get(facts.get("exercise"),
-                                                                               facts.get("exercise"))), None)
+    name = "vq" if facts.get("exercise") == "kl" else facts.get("exercise")
+    exercise = next((each for each in EXERCISES if each.name == name), None)
     if exercise is None or facts.get("file") not in reference or facts.get("kind") not in ("mutant", "right"):
         replacement.problem = "its head names no exercise, file or kind that is known"
         return None, None

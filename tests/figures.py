@@ -11,12 +11,12 @@ docs/fusion.csv, which `python tests/benchmark_demo.py lengths` made. Reading or
 below them how to plot with Pillow.
 """
 import argparse
-import contextlib
 import csv
 import io
 import math
 import shutil
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -29,7 +29,7 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 import fid  # noqa: E402
 import train  # noqa: E402
-from benchmark_demo import REFERENCE_SEED, TEST_SEED, Rulers, real_pictures  # noqa: E402
+from benchmark_demo import TEST_SEED, Rulers, real_pictures  # noqa: E402
 from d2c import (denoising_step, diffusion_sample, diffusion_schedule, pick, schedule_tables,  # noqa: E402
                  token_schedule)
 from fusion import split_heads  # noqa: E402
@@ -65,25 +65,36 @@ def fine_pictures(pipeline, latents):
     return pipeline.finish(pipeline.kl.decode(to_map(latents, pipeline.grid) / pipeline.kl.scale))
 
 
-def settings_of_stage(pipeline, stage):
-    """Of the run's settings those that `stream` of stage 1 or 2 has, under its names."""
-    own = pipeline.settings
-    if stage == 1:
-        return dict(cfg_scale=own["cfg1"], temperature=own["temperature1"])
-    return dict(num_steps=own["steps"], cfg_scale=own["cfg2"], temperature=own["temperature2"],
-                diffusion_steps=own["diffusion_steps"], clip=own["clip"])
+def settings_of_stage1(pipeline):
+    """Of the run's settings those that stage 1's `stream` has, under its names."""
+    return dict(cfg_scale=pipeline.settings["cfg1"], temperature=pipeline.settings["temperature1"])
+
+
+def draw_codes(pipeline, labels):
+    """codes (B,N) as the run's settings draw them, from a fixed seed."""
+    return pipeline.discrete.generate(labels, **settings_of_stage1(pipeline), generator=seeded(pipeline))
 
 
 def draw_latents(pipeline, labels, codes, seed=0, **settings):
-    """Latents (B,N,C) after each token step: a list of copies."""
-    generator = seeded(pipeline, seed)
+    """Latents (B,N,C) after each token step, a list of copies; from random numbers as d2c.generate has them, and the
+    run's settings where no others are given."""
+    generator, own = seeded(pipeline, seed), pipeline.settings
     orders = torch.rand(len(labels), math.prod(pipeline.grid), generator=generator).argsort(1)
 
     def draw(rows, channels):
         return torch.randn(rows, channels, generator=generator)
 
-    settings = settings_of_stage(pipeline, 2) | settings
+    settings = dict(num_steps=own["steps"], cfg_scale=own["cfg2"], temperature=own["temperature2"], clip=own["clip"],
+                    diffusion_steps=own["diffusion_steps"]) | settings
     return [latents.clone() for latents in pipeline.continuous.stream(labels, codes, orders, draw, **settings)]
+
+
+def sampled(pipeline, rulers, **settings):
+    """(distance, milliseconds per picture) of COUNT fine pictures of all classes in turn."""
+    labels, began = np.arange(COUNT) % len(Shapes.classes), time.time()
+    fine = pipeline(labels, **settings)[1]
+    milliseconds = 1000 * (time.time() - began) / COUNT
+    return rulers.measure(fine, labels)["Frechet"], milliseconds
 
 
 def cells(values, size):
@@ -100,7 +111,7 @@ def blank(pictures, known, grid):
 
 # Chapter 1 -----------------------------------------------------------------------------------------------------------
 
-def tokenizers(pipeline, run, out):
+def two_descriptions(pipeline, run):
     """Original, codes, both reconstructions, and what each of them lost."""
     pictures, x = real(pipeline)
     vq, kl, size = pipeline.vq, pipeline.kl, pipeline.size
@@ -143,10 +154,10 @@ def latent_bits(kl, pictures):
 
 # Chapter 2 -----------------------------------------------------------------------------------------------------------
 
-def codes(pipeline, run, out):
+def writing_codes(pipeline, run):
     """Pictures as their codes are written; how sure stage 1 is at each place; guidance."""
     model, size, labels, number = pipeline.discrete, pipeline.size, torch.tensor(CHOSEN), math.prod(pipeline.grid)
-    own = settings_of_stage(pipeline, 1)
+    own = settings_of_stage1(pipeline)
     steps = [codes.clone() for codes in model.stream(labels, generator=seeded(pipeline), **own)]
     finished, rows = coarse_pictures(pipeline, steps[-1]), {}
     for share in (1, 2, 3, 4):
@@ -165,7 +176,7 @@ def codes(pipeline, run, out):
 
 # Chapter 3 -----------------------------------------------------------------------------------------------------------
 
-def diffusion(pipeline, run, out):
+def one_token(pipeline, run):
     """One token of a real picture on its way into noise, and a token on its way back."""
     x, labels = real(pipeline, 1)[1], torch.tensor(CHOSEN[:1])
     model, kl, place = pipeline.continuous, pipeline.kl, math.prod(pipeline.grid) // 2 + pipeline.grid[1] // 2
@@ -192,12 +203,12 @@ def diffusion(pipeline, run, out):
         seen.append((x, tables["recip_signal"][index] * x - tables["recip_noise"][index] * eps))
         return denoising_step(denoiser, x, c, noise, tables, index, *rest)
 
-    steps, own = 100, settings_of_stage(pipeline, 2)
+    steps, temperature, clip = 100, pipeline.settings["temperature2"], pipeline.settings["clip"]
     draws = [torch.randn(1, channels, generator=generator) for _ in range(steps + 1)]
-    diffusion_sample(net, net.cond_embed(z), draws, own["temperature"], 1.0, steps, own["clip"], watch)
+    diffusion_sample(net, net.cond_embed(z), draws, temperature, 1.0, steps, clip, watch)
     kept = [seen[steps - 1 - round(t * (steps - 1) / 999)] for t in levels]  # the last level comes first
     back = [with_token(x[0]) for x, _ in kept]
-    estimate = [with_token(x0[0].clamp(-own["clip"], own["clip"])) for _, x0 in kept]
+    estimate = [with_token(x0[0].clamp(-clip, clip)) for _, x0 in kept]
     sheet = draw_grid(np.stack([np.stack(row) for row in (drowned, back, estimate)]), [f"t = {t}" for t in levels],
                       ["noise in ->", "<- noise out", "<- guess of x0"])
     table, t = diffusion_schedule(), np.arange(1000)
@@ -217,10 +228,10 @@ def framed(picture, place, grid):
 
 # Chapter 4 -----------------------------------------------------------------------------------------------------------
 
-def masked(pipeline, run, out):
+def token_steps(pipeline, run):
     """The latents of a picture as they are drawn, and how many places a token step draws."""
     labels, number, steps = torch.tensor(CHOSEN), math.prod(pipeline.grid), pipeline.settings["steps"]
-    codes = pipeline.discrete.generate(labels, **settings_of_stage(pipeline, 1), generator=seeded(pipeline))
+    codes = draw_codes(pipeline, labels)
     drawn, rows = draw_latents(pipeline, labels, codes), {"codes (VQ)": coarse_pictures(pipeline, codes)}
     finished = fine_pictures(pipeline, drawn[-1])
     for k in sorted({1, 2, steps // 2, steps}):
@@ -235,18 +246,17 @@ def masked(pipeline, run, out):
 
 # Chapter 5 -----------------------------------------------------------------------------------------------------------
 
-def fusion(pipeline, run, out):
+def who_looks_where(pipeline, run):
     """Which codes a hidden place looks at; loss and distance of all kinds of fusion over the length of training."""
     labels = torch.arange(COUNT) % 10
-    codes = pipeline.discrete.generate(labels, **settings_of_stage(pipeline, 1), generator=seeded(pipeline))
+    codes = draw_codes(pipeline, labels)
     maps = {"cross-attention": attention(pipeline.continuous, labels, codes),
             "Q-Former": attention(trained_qformer(run).continuous, labels, codes)}
     images = []
-    for name, map in maps.items():
-        own = map.diagonal().mean()
-        print(f"{name}: a hidden place gives {own:.0%} of its attention to its own code (evenly spread: "
-              f"{1 / len(map):.0%})")
-        images.append(heat(map, name, "place of the code", "hidden place that looks"))
+    for name, weights in maps.items():
+        print(f"{name}: a hidden place gives {weights.diagonal().mean():.0%} of its attention to its own code (evenly "
+              f"spread: {1 / len(weights):.0%})")
+        images.append(heat(weights, name, "place of the code", "hidden place that looks"))
     logs = read_csv(ROOT / "docs" / "fusion.csv")
     for column in ("validation loss", "distance"):
         series = {}
@@ -294,10 +304,10 @@ def attention(model, labels, codes):
 
 # Chapter 6 -----------------------------------------------------------------------------------------------------------
 
-def variations(pipeline, run, out):
+def same_codes(pipeline, run):
     """The same codes, six draws of stage 2."""
     labels = torch.tensor(CHOSEN)
-    codes = pipeline.discrete.generate(labels, **settings_of_stage(pipeline, 1), generator=seeded(pipeline))
+    codes = draw_codes(pipeline, labels)
     rows = [coarse_pictures(pipeline, codes)]
     rows += [fine_pictures(pipeline, draw_latents(pipeline, labels, codes, seed)[-1]) for seed in range(6)]
     pictures = np.stack(rows, 1)                                                              # (4,7,S,S,3)
@@ -305,43 +315,38 @@ def variations(pipeline, run, out):
                      [Shapes.classes[label] for label in CHOSEN])
 
 
-def photos(pipeline, run, out):
+def from_photos(pipeline, run):
     """What `sample.py --from` makes of picture files: three of the built-in data, drawn at 256 pixels."""
-    shapes, names = Shapes(256, 100, TEST_SEED), [Shapes.classes[label] for label in CHOSEN[:3]]
-    files = [out / f"{name}.png" for name in names]
-    out.mkdir(parents=True, exist_ok=True)
-    for file, label in zip(files, CHOSEN):
-        Image.fromarray(shapes[20 + label][0]).save(file)
-    sample_main(["--run", str(run), "--from", *map(str, files), "--classes", *map(str, CHOSEN[:3]), "--device", "cpu",
-                 "--out", str(out / "photos.png")])
-    for file in files:
-        file.unlink()
-    with Image.open(out / "photos.png") as image:
-        return image.copy()
+    shapes = Shapes(256, 100, TEST_SEED)
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder, f"{Shapes.classes[label]}.png") for label in CHOSEN[:3]]
+        for file, label in zip(files, CHOSEN):
+            Image.fromarray(shapes[20 + label][0]).save(file)
+        sample_main(["--run", str(run), "--from", *map(str, files), "--classes", *map(str, CHOSEN[:3]), "--device",
+                     "cpu", "--out", str(Path(folder, "photos.png"))])
+        with Image.open(Path(folder, "photos.png")) as image:
+            return image.copy()
 
 
 # Chapter 7 -----------------------------------------------------------------------------------------------------------
 
-def knobs(pipeline, run, out):
+def turning_knobs(pipeline, run):
     """Guidance and temperature of stage 2 as a grid; distance over token steps and denoising steps."""
     labels = torch.tensor(CHOSEN[:1])
-    codes = pipeline.discrete.generate(labels, **settings_of_stage(pipeline, 1), generator=seeded(pipeline))
+    codes = draw_codes(pipeline, labels)
     guidance, temperature = [0, 1, 1.5, 3, 6], [0, 0.7, 1, 1.3]
     drawn = [[fine_pictures(pipeline, draw_latents(pipeline, labels, codes, cfg_scale=g, temperature=t)[-1])[0]
               for g in guidance] for t in temperature]
     grid = draw_grid(np.array(drawn), [f"guidance {g:g}" for g in guidance],
                      [f"temperature {t:g}" for t in temperature])
 
-    rulers, places, classes = Rulers(out), math.prod(pipeline.grid), [i % 10 for i in range(COUNT)]
-    print(f"distance of {COUNT} fine pictures:")
+    rulers, places = Rulers(run), math.prod(pipeline.grid)
+    print(f"distance of {COUNT} fine pictures, and time with stage 1 and decoders:")
 
     def measure(**settings):
-        began = time.time()
-        pictures = pipeline(classes, **settings)[1]
-        seconds = time.time() - began
-        distance = fid.frechet_distance(*rulers.small_statistics(pictures), *rulers.reference)
-        print("  ", *(f"{name} {value}" for name, value in settings.items()), f"  {distance:.3f}"
-              f"   {1000 * seconds / COUNT:.0f} ms per picture, stage 1 and decoders included")
+        distance, milliseconds = sampled(pipeline, rulers, **settings)
+        print("  ", *(f"{name} {value}" for name, value in settings.items()),
+              f"  {distance:.3f}   {milliseconds:.0f} ms per picture")
         return distance
 
     token_steps = [n for n in (1, 2, 4, 8, 16) if n <= places]
@@ -357,9 +362,9 @@ def knobs(pipeline, run, out):
 
 # Chapter 8 -----------------------------------------------------------------------------------------------------------
 
-def judge(pipeline, run, out):
+def real_against_real(pipeline, run):
     """The distance of real pictures to real pictures over 1/N; what resizing and JPEG do to a picture."""
-    rulers, size = Rulers(out), 10 * COUNT
+    rulers, size = Rulers(run), 10 * COUNT
     pictures = real_pictures(size, TEST_SEED)[0]
     rng, counts, distances = np.random.default_rng(0), [size // n for n in (100, 50, 25, 10, 5, 2, 1)], []
     for count in counts:
@@ -392,7 +397,7 @@ def enlarge(picture):
 
 # Watching training ---------------------------------------------------------------------------------------------------
 
-def curves(run, out):
+def curves(run):
     """Loss and validation loss of each stage that has a log."""
     plots = []
     for path in sorted(run.glob("stage?.csv")):
@@ -506,8 +511,9 @@ def beside(images):
 
 # The command ---------------------------------------------------------------------------------------------------------
 
-FIGURES = dict(tokenizers=tokenizers, codes=codes, diffusion=diffusion, masked=masked, fusion=fusion,
-               variations=variations, photos=photos, knobs=knobs, judge=judge)
+FIGURES = dict(tokenizers=two_descriptions, codes=writing_codes, diffusion=one_token, masked=token_steps,
+               fusion=who_looks_where, variations=same_codes, photos=from_photos, knobs=turning_knobs,
+               judge=real_against_real)
 
 
 @torch.no_grad()
@@ -524,7 +530,7 @@ def main(argv=None):
             raise InputError(f"{', '.join(sorted(unknown))}: no figure; choose among {', '.join(FIGURES)}, curves")
         pipeline = Pipeline.from_run(args.run, device="cpu") if set(names) - {"curves"} else None
         for name in names:
-            image = curves(args.run, out) if name == "curves" else FIGURES[name](pipeline, args.run, out)
+            image = curves(args.run) if name == "curves" else FIGURES[name](pipeline, args.run)
             with writing(out / f"{name}.png") as temporary:
                 image.save(temporary, optimize=True)
             print(f"saved {out / name}.png", flush=True)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from figures import COUNT, attention, draw_latents, fine_pictures, heat, plot, settings_of_stage
+from figures import COUNT, attention, draw_codes, draw_latents, fine_pictures, heat, plot, sampled
 import fid
 import train
 from benchmark_demo import REFERENCE_SEED, TEST_SEED, Rulers, real_pictures
@@ -34,18 +34,9 @@ def tokens_of_real_pictures(pipeline, count):
     return latents, pipeline.vq.encode(x).flatten(1), torch.from_numpy(labels)
 
 
-def sampled(pipeline, rulers, **settings):
-    """(accuracy, distance, milliseconds per picture) of COUNT fine pictures."""
-    labels, began = np.arange(COUNT) % CLASSES, time.time()
-    fine = pipeline(labels, **settings)[1]
-    milliseconds = 1000 * (time.time() - began) / COUNT
-    measured = rulers.measure(fine, labels)
-    return measured["accuracy"], measured["Frechet"], milliseconds
-
-
 # The ten -------------------------------------------------------------------------------------------------------------
 
-def one(pipeline, run, steps=300):
+def codes_in_use(pipeline, run, steps=300):
     """Codes in use, and their entropy, over the first steps of stage 0, with and without the revival of dead codes."""
     preset, images, curves = PRESETS["demo"], Shapes(pipeline.size), {}
     for revive in (True, False):
@@ -74,7 +65,7 @@ def one(pipeline, run, steps=300):
     return plot(curves, "training steps of stage 0", "share of codes in use (ten batches)")
 
 
-def two(pipeline, run):
+def scores_of_places(pipeline, run):
     """The attention score between one place of a 16 x 16 grid and all others, all queries and keys being ones."""
     turned = rotate(torch.ones(1, 1, 257, 64), rotary_table((16, 16), 64))[0, 0, 1:]          # (256,64)
     scores = (turned @ turned[8 * 16 + 8] / 8).reshape(16, 16)
@@ -83,7 +74,7 @@ def two(pipeline, run):
     return heat((scores - scores.min()).numpy(), "score", "column", "row")
 
 
-def three(pipeline, run):
+def seconds_per_picture(pipeline, run):
     """Seconds per picture with and without the cache, for growing grids; exponents of N fitted to the last two."""
     curves = {"with cache": ([], []), "without": ([], [])}
     for side in (4, 8, 16, 24):
@@ -103,21 +94,20 @@ def three(pipeline, run):
     return plot(curves, "codes per picture (N)", "seconds per picture", log_x=True, log_y=True, dots=True)
 
 
-def four(pipeline, run):
+def nucleus(pipeline, run):
     """How many codes the nucleus of 0.9 holds at each place; accuracy and distance of coarse pictures over cfg1."""
-    labels, rulers = torch.arange(200) % CLASSES, Rulers(run)
+    labels, classes, rulers = torch.arange(200) % CLASSES, np.arange(COUNT) % CLASSES, Rulers(run)
     codes = pipeline.discrete.generate(labels, generator=torch.Generator().manual_seed(0))
     ordered = pipeline.discrete.logits(codes, labels).softmax(-1).sort(descending=True).values
     sizes = (ordered.cumsum(-1) - ordered < 0.9).sum(-1).float().mean(0)                      # (N,)
     print("nucleus at each place:", *(f"{size:.1f}" for size in sizes))
     for cfg1 in (1, 2, 4):
-        coarse, classes = pipeline(np.arange(COUNT) % CLASSES, cfg1=cfg1, steps=1)[0], np.arange(COUNT) % CLASSES
-        measured = rulers.measure(coarse, classes)
+        measured = rulers.measure(Pipeline.from_run(run, coarse=True, device="cpu")(classes, cfg1=cfg1)[0], classes)
         print(f"cfg1 {cfg1}: accuracy {measured['accuracy']:.1%}, distance {measured['Frechet']:.3f}")
     return plot({"": (np.arange(len(sizes)), sizes.tolist())}, "place", "codes in the nucleus of 0.9", dots=True)
 
 
-def five(pipeline, run, bins=20):
+def loss_per_level(pipeline, run, bins=20):
     """Loss of stage 2 per noise level, with the right codes, those of another picture, and none. All hidden."""
     latents, codes, labels = tokens_of_real_pictures(pipeline, 200)
     model, generator, curves = pipeline.continuous, torch.Generator().manual_seed(0), {}
@@ -137,19 +127,19 @@ def five(pipeline, run, bins=20):
     return plot(curves, "noise level t", "loss", log_y=True)
 
 
-def six(pipeline, run):
+def distance_over_denoising_steps(pipeline, run):
     """Distance over the number of denoising steps, at temperature 0.7 and 1."""
     rulers, steps = Rulers(run), [2, 5, 10, 25, 50, 100]
     curves = {}
     for t in (0.7, 1.0):
-        distances = [sampled(pipeline, rulers, diffusion_steps=n, temperature2=t)[1] for n in steps]
+        distances = [sampled(pipeline, rulers, diffusion_steps=n, temperature2=t)[0] for n in steps]
         curves[f"temperature {t}"] = steps, distances
     for name, (_, distances) in curves.items():
         print(f"{name}:", ", ".join(f"{n} steps {distance:.3f}" for n, distance in zip(steps, distances)))
     return plot(curves, "denoising steps", "distance", log_x=True, log_y=True, dots=True)
 
 
-def seven(pipeline, run):
+def error_of_the_guess(pipeline, run):
     """Squared error of the guess of hidden latents over the number of visible places, with codes and without."""
     latents, codes, labels = tokens_of_real_pictures(pipeline, 200)
     model, number, curves = pipeline.continuous, latents.shape[1], {}
@@ -165,24 +155,22 @@ def seven(pipeline, run):
     return plot(curves, "visible places", "squared error of the guess")
 
 
-def eight(pipeline, run):
+def attention_map(pipeline, run):
     """Attention of hidden places to codes, a mean over pictures."""
     labels = torch.arange(200) % CLASSES
-    generator = torch.Generator().manual_seed(0)
-    codes = pipeline.discrete.generate(labels, **settings_of_stage(pipeline, 1), generator=generator)
-    map = attention(pipeline.continuous, labels, codes)
-    print(f"own code: {map.diagonal().mean():.1%} of the attention (evenly spread: {1 / len(map):.1%}); the largest "
-          f"share of any code: {map.max():.1%}")
-    return heat(map, "attention", "place of the code", "hidden place")
+    weights = attention(pipeline.continuous, labels, draw_codes(pipeline, labels))
+    print(f"own code: {weights.diagonal().mean():.1%} of the attention (evenly spread: {1 / len(weights):.1%}); the "
+          f"largest share of any code: {weights.max():.1%}")
+    return heat(weights, "attention", "place of the code", "hidden place")
 
 
-def nine(pipeline, run):
+def distance_over_token_steps(pipeline, run):
     """Time and distance over token steps, with codes and without (guidance 3, temperature 1, which suit it better)."""
     rulers, labels, curves = Rulers(run), np.arange(COUNT) % CLASSES, {"with codes": [], "without": []}
     places = math.prod(pipeline.grid)
     steps = [n for n in (1, 2, 4, 8, 16) if n <= places]
     for n in steps:
-        _, distance, milliseconds = sampled(pipeline, rulers, steps=n)
+        distance, milliseconds = sampled(pipeline, rulers, steps=n)
         fine = []
         for k, part in enumerate(torch.from_numpy(labels).chunk(5)):
             no_codes = torch.full((len(part), places), -1)
@@ -196,7 +184,7 @@ def nine(pipeline, run):
                 dots=True)
 
 
-def ten(pipeline, run):
+def distance_over_count(pipeline, run):
     """The distance between two sets of N real pictures each, over 1/N."""
     most, rulers = 10 * COUNT, Rulers(run)
     sets = [real_pictures(most, seed)[0] for seed in (TEST_SEED, REFERENCE_SEED)]
@@ -208,7 +196,9 @@ def ten(pipeline, run):
     return plot({"two sets of real pictures": ([1 / n for n in counts], distances)}, "1/N", "distance", dots=True)
 
 
-HANDINS = [one, two, three, four, five, six, seven, eight, nine, ten]
+HANDINS = [codes_in_use, scores_of_places, seconds_per_picture, nucleus, loss_per_level,
+           distance_over_denoising_steps, error_of_the_guess, attention_map, distance_over_token_steps,
+           distance_over_count]  # of exercises 1 to 10
 
 
 @torch.no_grad()

@@ -105,6 +105,8 @@ FIRST_LINE = "    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)"  # of rotate, exer
     ("print('x' * 10**7); raise KeyError('y')", "KeyError"),
     ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "ended the process"),
     ("import os; [os.fork() for _ in range(2)]; raise ValueError('many')", "ValueError"),
+    ("import os; os.closerange(3, 99)", "ended the process"),
+    ("for fd in range(3, 99):\n        try: __import__('os').write(fd, b'?\\n')\n        except OSError: pass", "nonsense"),
     ("raise NotImplementedError", "not implemented")])
 def test_what_a_student_writes_costs_its_own_checks(copy, tmp_path, line, hint):
     """The checks of rotate, and not the one of rotary_table; and the report is written."""

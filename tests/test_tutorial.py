@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import benchmark_demo
@@ -49,7 +50,7 @@ def test_every_figure_twice(small):
 def test_stage2_streams_what_generate_returns(finished):
     """Figures and others may watch; nothing that is drawn changes later, and the last value is generate's."""
     pipeline = sample.Pipeline.from_run(finished, device="cpu")
-    labels = figures.torch.tensor([3, 7])
+    labels = torch.tensor([3, 7])
     written = [codes.clone() for codes in pipeline.discrete.stream(labels, generator=figures.seeded(pipeline))]
     assert len(written) == 16 and all((codes[:, i + 1:] == -1).all() for i, codes in enumerate(written))
     assert all((codes == written[-1])[codes >= 0].all() for codes in written)
@@ -87,7 +88,7 @@ def test_commands_of_the_page(small):
 
 def test_the_plots_of_the_courses_hand_ins(small, monkeypatch, capsys):
     monkeypatch.setattr(handins, "COUNT", 10)
-    monkeypatch.setattr(handins.one, "__defaults__", (20,))
+    monkeypatch.setattr(handins.codes_in_use, "__defaults__", (20,))
     handins.main([])
     for number in range(1, 11):
         with Image.open(small / "runs" / "demo" / "handins" / f"{number}.png") as image:

@@ -1,6 +1,5 @@
 """Exercise 8: fusion."""
 import copy
-import math
 
 import torch
 import torch.nn.functional as F

@@ -3,11 +3,9 @@
 Expected gradients are put together by hand: that of the reconstruction where the decoder stands, carried to where it
 belongs, plus that of the codebook's two terms.
 """
-import copy
 import functools
 
 import torch
-import torch.nn.functional as F
 
 from checking import golden, normal, same, seeded, shapes, true
 
