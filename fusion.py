@@ -97,7 +97,7 @@ class AlignedFusion(nn.Module):
         zero(self.out)
 
     def prepare(self, discrete):
-        """discrete (B,N,D) -> context (B,S+N,D): S = length - N slots of zeros, then the normalised and mapped codes."""
+        """discrete (B,N,D) -> context (B,S+N,D): S = length - N slots of zeros, then the codes, normed and mapped."""
         return F.pad(self.out(self.norm_discrete(discrete)), (0, 0, self.length - discrete.shape[1], 0))  # S in front
 
     def forward(self, sequence, context):
